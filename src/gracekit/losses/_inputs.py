@@ -1,0 +1,144 @@
+"""Options and argument checks that the distillation losses share."""
+
+# N tokens, V vocabulary
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from gracekit._checks import check_choice, check_int, check_real, check_values
+from gracekit.losses._rows import DKDParameters
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKDConfig:
+    """The options that the loss has whatever its inputs; names and meaning as in :func:`gated_dkd`."""
+
+    temperature: float = 2.0
+    alpha: float = 1.0
+    beta: float = 4.0
+    gate: str | None = "entropy"
+    ignore_index: int = -100
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_real("temperature", self.temperature, low=0.0, open_low=True)
+        check_real("alpha", self.alpha, low=0.0)
+        check_real("beta", self.beta, low=0.0)
+        check_choice("gate", self.gate, ("entropy", None))
+        check_int("ignore_index", self.ignore_index, low=-(2**63), high=2**63 - 1)
+        if self.vocab_size is not None:
+            check_int("vocab_size", self.vocab_size, low=2)
+
+    def describe(self) -> str:
+        """Return the fields as keyword arguments."""
+        return ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+
+    def for_classes(self, classes: int) -> DKDParameters:
+        """Return what the rows of logits with that many compared classes need to know."""
+        return DKDParameters(self.temperature, self.alpha, self.beta, self.gate is not None, classes)
+
+
+def check_backend(backend: str) -> None:
+    """Demand a known backend."""
+    check_choice("backend", backend, BACKENDS)
+
+
+def use_triton(backend: str, *tensors: Tensor) -> bool:
+    """Choose the kernels for CUDA tensors outside torch.compile (which fuses the formula itself), or as asked."""
+    check_backend(backend)
+    if backend == "torch" or (backend == "auto" and (torch.compiler.is_compiling() or not tensors[0].is_cuda)):
+        return False
+    reason = _why_no_triton(*tensors)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f"backend='triton' is not available: {reason}")
+    return reason is None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _why_no_triton(*tensors: Tensor) -> str | None:
+    if not _has_triton():
+        return "triton is not installed"
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return "the kernels compute in float32, got float64 tensors"
+        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"the kernels need CUDA tensors, got {tensor.device}"
+    return None
+
+
+def compared_classes(*, vocab_size: int | None, **logits: Tensor) -> int:
+    """Return K, how many classes both sides are compared on."""
+    sizes = {name: tensor.shape[-1] if tensor.ndim else 0 for name, tensor in logits.items()}
+    listed = " and ".join(f"{size} ({name})" for name, size in sizes.items())
+    if vocab_size is None:
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"V must be the same on both sides unless vocab_size is given, got {listed}")
+        vocab_size = next(iter(sizes.values()))
+    if vocab_size > min(sizes.values()):
+        raise ValueError(f"vocab_size must be at most V, got vocab_size={vocab_size} and V = {listed}")
+    if vocab_size < 2:
+        raise ValueError(f"V must be at least 2 classes, got {listed}")
+    return vocab_size
+
+
+def supervised_targets(labels: Tensor, ignore_index: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Return flat (keep, target): which tokens are supervised, and a valid class for every token; labels are checked."""
+    labels_N = labels.reshape(-1)
+    keep_N = labels_N != ignore_index
+    check_labels(keep_N, labels_N, classes)
+    return keep_N, torch.where(keep_N, labels_N, 0).long()
+
+
+def check_labels(keep_N: Tensor, labels_N: Tensor, classes: int) -> None:
+    """Demand supervised labels in [0, classes)."""
+    inside = (labels_N >= 0) & (labels_N < classes)
+    check_values(
+        inside | ~keep_N, f"labels must be in [0, {classes}) or ignore_index{_worst(labels_N, inside, keep_N)}"
+    )
+
+
+def _worst(labels_N: Tensor, inside: Tensor, keep_N: Tensor) -> str:
+    """Name the first bad label, where looking costs no sync."""
+    if torch.compiler.is_compiling() or labels_N.device.type != "cpu" or type(labels_N) is not Tensor:
+        return ""
+    bad = labels_N[~inside & keep_N]
+    return f", got {int(bad[0])}" if len(bad) else ""
+
+
+def check_not_masked(name: str, rows_NV: Tensor, target_N: Tensor, keep_N: Tensor) -> None:
+    """Demand that no supervised target has the logit -inf."""
+    chosen_N = rows_NV.gather(1, target_N[:, None])[:, 0]
+    check_values((chosen_N != -torch.inf) | ~keep_N, f"{name} must not be -inf (masked) at the label")
+
+
+def check_aligned(name: str, logits: Tensor, labels: Tensor) -> None:
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"{name} must have shape (*labels.shape, V), got {tuple(logits.shape)} and labels {tuple(labels.shape)}"
+        )
+
+
+def divisor(name: str, given: Tensor | float | None, own: Tensor) -> Tensor | float:
+    """Return what a weighted sum is divided by: the global sum if given, else the call's own; 1 in place of 0."""
+    if given is None:
+        given = own.detach()
+    if isinstance(given, Tensor):
+        if given.numel() != 1:
+            raise ValueError(f"{name} must be a number or hold one element, got shape {tuple(given.shape)}")
+        given = given.detach().reshape(())
+        check_values(given >= 0, f"{name} must be at least 0")
+        return torch.where(given > 0, given, torch.ones_like(given))
+    return check_real(name, given, low=0.0) or 1.0

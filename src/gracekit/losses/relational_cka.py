@@ -1,0 +1,375 @@
+r"""Centred kernel alignment of visual tokens (GRACE, arXiv 2601.22709, section 3.2; CKA: Kornblith et al., ICML 2019).
+
+Rows are l2-normalised, :math:`K = X X^\top`, :math:`H = I - \mathbf 1 \mathbf 1^\top / n`, and
+
+.. math::
+    \mathrm{HSIC}(K, L) = \frac{\mathrm{tr}(K H L H)}{(n - 1)^2}, \qquad
+    \mathrm{CKA} = \frac{\mathrm{HSIC}(K_S, K_T)}{\sqrt{\mathrm{HSIC}(K_S, K_S)\,\mathrm{HSIC}(K_T, K_T)}}.
+
+Centring the features centres their Gram matrix, and :math:`\mathrm{tr}(K H L H) = \|\tilde X^\top \tilde Y\|_F^2` with
+:math:`\tilde X = H X`: the n x n form costs :math:`n^2 (d_x + d_y)` products, the d x d form
+:math:`n (d_x^2 + d_y^2 + d_x d_y)`, and whichever is cheaper is taken. The unbiased estimator (Song et al., JMLR 2012) drops the
+diagonal; it depends on centred features alone too, so both forms serve it.
+"""
+
+# B images, n tokens of an image, d features (dx, dy of the two sides)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, reduce
+from torch import Tensor, nn
+
+from gracekit._autograd import without_autocast
+from gracekit._checks import (
+    check_choice,
+    check_floating,
+    check_int,
+    check_rank,
+    check_same_device,
+)
+from gracekit.losses._bfloat16_cka import FeatureSimilarity, GramSimilarity
+from gracekit.losses._inputs import divisor
+
+ESTIMATORS = ("biased", "unbiased")
+
+# Least sum of squares of a centred Gram matrix: below it the tokens of an image are one point.
+_COLLAPSED = 1e-8
+# An unbiased self-similarity below this share of the biased one is rounding of sums that cancel.
+_CANCELLED = 1e-6
+
+
+def cka(x: Tensor, y: Tensor, *, estimator: str = "biased", normalize: bool = True) -> Tensor:
+    """Linear centred kernel alignment of two sets of features of the same n items (Kornblith et al., ICML 2019).
+
+    Args:
+        x: (n, dx), any floating dtype.
+        y: (n, dy); dx and dy may differ.
+        estimator: ``"biased"``, in [0, 1], or ``"unbiased"`` (Song et al., JMLR 2012), at most about 1 and possibly negative.
+        normalize: divide every row by its l2 norm first, as GRACE does.
+
+    Returns:
+        A scalar, at least float32. 0 without gradient where the similarity is undefined: all rows of a side
+        (almost) equal, or an unbiased self-similarity that is not positive.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: shapes that do not fit, fewer than 2 rows (4 if unbiased), an unknown estimator.
+
+    Example:
+        >>> x = torch.randn(10, 5)
+        >>> rotation = torch.linalg.qr(torch.randn(5, 5)).Q
+        >>> round(cka(x, x @ rotation).item(), 4)
+        1.0
+    """
+    check_choice("estimator", estimator, ESTIMATORS)
+    _check_pair("x", x, "y", y)
+    check_rank("x", x, (2,), "(n, dx)")
+    check_rank("y", y, (2,), "(n, dy)")
+    if x.shape[0] != y.shape[0]:
+        raise ValueError(f"x and y must have the same number of rows, got {tuple(x.shape)} and {tuple(y.shape)}")
+    least = _least_tokens(estimator)
+    if x.shape[0] < least:
+        raise ValueError(f"x must have at least {least} rows for estimator={estimator!r}, got {tuple(x.shape)}")
+    similarity_B, defined_B = _similarity(x[None], y[None], None, None, estimator, normalize)
+    return torch.where(defined_B, similarity_B, 0.0)[0]
+
+
+class RelationalCKA(nn.Module):
+    """Mean of 1 - CKA over the images of a batch (GRACE, arXiv 2601.22709, section 3.2).
+
+    Args:
+        estimator: ``"biased"`` or ``"unbiased"``.
+        normalize: divide every token by its l2 norm first.
+        min_tokens: images with fewer tokens are left out of the mean; at least 2 (4 if unbiased).
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option out of range.
+
+    Example:
+        >>> criterion = RelationalCKA()
+        >>> student, teacher = torch.randn(9, 16, requires_grad=True), torch.randn(9, 32)
+        >>> loss = criterion(student, teacher, lengths=[5, 4])
+        >>> loss.backward()
+        >>> 0.0 < loss.item() < 1.0
+        True
+    """
+
+    def __init__(self, *, estimator: str = "biased", normalize: bool = True, min_tokens: int = 4) -> None:
+        super().__init__()
+        check_choice("estimator", estimator, ESTIMATORS)
+        self.estimator = estimator
+        self.normalize = bool(normalize)
+        self.min_tokens = check_int("min_tokens", min_tokens, low=_least_tokens(estimator))
+
+    def forward(
+        self,
+        student_tokens: Tensor,
+        teacher_tokens: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        mask: Tensor | None = None,
+        image_count: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return the loss of one image, of a padded batch or of packed images.
+
+        Args:
+            student_tokens: (n, d_S) one image; (B, n, d_S) a batch; or (sum of lengths, d_S) packed images.
+            teacher_tokens: the same with d_T; no gradient reaches it.
+            lengths: tokens of each packed image: a list, or a CPU tensor (one on CUDA costs a sync).
+            mask: (B, n) bool, True at the tokens of a padded batch that count.
+            image_count: images of the whole global batch that count, where this call sees a part of them: the sum of
+                1 - CKA is divided by it instead of by the images that count here.
+
+        Returns:
+            A scalar, at least float32, in [0, 1] for the biased estimator. Images with fewer than ``min_tokens`` tokens or with
+            collapsed tokens (sum of squares of the centred Gram matrix below 1e-8) do not count; 0, attached to the
+            graph, if none does.
+
+        Raises:
+            TypeError: wrong dtype.
+            ValueError: shapes, ``lengths`` or ``mask`` that do not fit.
+        """
+        _check_pair("student_tokens", student_tokens, "teacher_tokens", teacher_tokens)
+        teacher_tokens = teacher_tokens.detach()
+        batch = _as_batch(student_tokens, teacher_tokens, lengths, mask)
+        some = len(batch.x_BND) > 0 and batch.x_BND.shape[1] >= self.min_tokens
+        if some and self.normalize and self.estimator == "biased" and _on_tensor_cores(student_tokens, teacher_tokens):
+            similarity_B, defined_B = _bfloat16_similarity(batch)
+        else:
+            similarity_B, defined_B = _similarity(*batch, self.estimator, self.normalize)
+        if batch.counts_B is not None:
+            defined_B = defined_B & (batch.counts_B >= self.min_tokens)
+        elif batch.x_BND.shape[1] < self.min_tokens:
+            defined_B = torch.zeros_like(defined_B)
+        total = torch.where(defined_B, 1.0 - similarity_B, 0.0).sum()
+        return total / divisor("image_count", image_count, defined_B.sum())
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments."""
+        return f"estimator={self.estimator!r}, normalize={self.normalize}, min_tokens={self.min_tokens}"
+
+
+class _Batch(NamedTuple):
+    x_BND: Tensor
+    y_BND: Tensor
+    mask_BN: Tensor | None  # None: every token counts
+    counts_B: Tensor | None
+
+
+class _HSIC(NamedTuple):
+    """Unnormalised HSIC of the pair and of each side with itself."""
+
+    xy_B: Tensor
+    xx_B: Tensor
+    yy_B: Tensor
+
+
+def _least_tokens(estimator: str) -> int:
+    return 4 if estimator == "unbiased" else 2
+
+
+def _check_pair(x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    check_floating(x_name, x)
+    check_floating(y_name, y)
+    check_same_device(**{x_name: x, y_name: y})
+
+
+def _as_batch(student: Tensor, teacher: Tensor, lengths: Sequence[int] | Tensor | None, mask: Tensor | None) -> _Batch:
+    check_rank("student_tokens", student, (2, 3), "(n, d_S) or (B, n, d_S)")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"student_tokens and teacher_tokens must agree but for the last dimension, got {tuple(student.shape)} "
+            f"and {tuple(teacher.shape)}"
+        )
+    if lengths is not None:
+        if mask is not None or student.ndim != 2:
+            raise ValueError(
+                "lengths describe packed tokens of shape (sum of lengths, d) without a mask, got student_tokens "
+                f"{tuple(student.shape)} and mask {'given' if mask is not None else None}"
+            )
+        return _unpack(student, teacher, _checked_lengths(lengths, len(student)))
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+        if student.ndim != 3 or mask.shape != student.shape[:2]:
+            raise ValueError(f"mask must have shape (B, n), got {tuple(mask.shape)} and tokens {tuple(student.shape)}")
+        check_same_device(student_tokens=student, mask=mask)
+        return _Batch(student, teacher, mask, mask.sum(1))
+    if student.ndim == 2:
+        student, teacher = student[None], teacher[None]
+    return _Batch(student, teacher, None, None)
+
+
+def _checked_lengths(lengths: Sequence[int] | Tensor, tokens: int) -> list[int]:
+    if isinstance(lengths, Tensor):
+        check_rank("lengths", lengths, (1,), "(B,)")
+        lengths = lengths.tolist()
+    counts = [check_int(f"lengths[{index}]", length, low=0) for index, length in enumerate(lengths)]
+    if sum(counts) != tokens:
+        raise ValueError(f"lengths must sum to the number of tokens, got {sum(counts)} and {tokens} tokens")
+    return counts
+
+
+def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> _Batch:
+    """Pad packed images to the longest; a plain reshape where all are as long."""
+    longest = max(counts, default=0)
+    if counts and min(counts) == longest:
+        student, teacher = (side.reshape(len(counts), longest, side.shape[-1]) for side in (student, teacher))
+        return _Batch(student, teacher, None, None)
+    counts_B = torch.tensor(counts, dtype=torch.long)
+    if student.device.type == "cuda":
+        counts_B = counts_B.pin_memory()  # a pageable copy would wait for the device
+    counts_B = counts_B.to(student.device, non_blocking=True)
+    mask_BN = torch.arange(longest, device=student.device) < counts_B[:, None]
+    starts_B = counts_B.cumsum(0) - counts_B
+    take_BN = torch.where(mask_BN, starts_B[:, None] + torch.arange(longest, device=student.device), 0)
+    if torch.compiler.is_compiling():  # traces indexing, not nested functions of autograd
+        return _Batch(student[take_BN], teacher[take_BN], mask_BN, counts_B)
+    ahead_B = torch.arange(len(counts), device=student.device) * longest - starts_B
+    place_n = torch.arange(sum(counts), device=student.device)
+    place_n = place_n + torch.repeat_interleave(ahead_B, counts_B, output_size=sum(counts))
+    student_BND, teacher_BND = (
+        _Pad.apply(side, take_BN, place_n)  # type: ignore[no-untyped-call]
+        for side in (student, teacher)
+    )
+    return _Batch(student_BND, teacher_BND, mask_BN, counts_B)
+
+
+class _Pad(torch.autograd.Function):
+    """Rows of packed tokens by index, and back: a gather both ways, where indexing would sort and add up in its backward.
+
+    Rows that pad repeat the first token; whoever uses the batch masks them, so their gradient is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens_ND: Tensor, take_BN: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(take_BN, place_N)
+        return tokens_ND[take_BN] if len(tokens_ND) else tokens_ND.new_zeros(*take_BN.shape, tokens_ND.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor | None, ...]:
+        take_BN, place_N = ctx.saved_tensors
+        return _Unpad.apply(grad_BND, take_BN, place_N), None, None  # type: ignore[no-untyped-call]
+
+
+class _Unpad(torch.autograd.Function):
+    """The reverse of :class:`_Pad`, and its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, padded_BND: Tensor, take_BN: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(take_BN, place_N)
+        return padded_BND.flatten(0, 1)[place_N]
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        return _Pad.apply(grad_ND, *ctx.saved_tensors), None, None  # type: ignore[no-untyped-call]
+
+
+def _centred(tokens_BND: Tensor, batch: _Batch, normalize: bool) -> Tensor:
+    """Normalise and centre the tokens of every image in at least float32; zero rows where masked."""
+    dtype = torch.promote_types(torch.promote_types(batch.x_BND.dtype, batch.y_BND.dtype), torch.float32)
+    tokens_BND = tokens_BND.to(dtype)
+    if batch.mask_BN is None:
+        if normalize:
+            tokens_BND = F.normalize(tokens_BND, dim=-1)
+        return tokens_BND - tokens_BND.mean(1, keepdim=True)
+    assert batch.counts_B is not None
+    keep_BN1 = batch.mask_BN[..., None]
+    # Before the mathematics: a NaN in a padded row must reach neither value nor gradient.
+    tokens_BND = tokens_BND.masked_fill(~keep_BN1, 0.0)
+    if normalize:
+        tokens_BND = F.normalize(tokens_BND, dim=-1)
+    mean_B1D = tokens_BND.sum(1, keepdim=True) / batch.counts_B.clamp_min(1)[:, None, None]
+    return (tokens_BND - mean_B1D).masked_fill(~keep_BN1, 0.0)
+
+
+def _on_tensor_cores(student: Tensor, teacher: Tensor) -> bool:
+    """Whether products of these tokens run on tensor cores; torch.compile gets the plain form.
+
+    Float16 does not: its range cannot hold the slopes between tokens of large norm.
+    """
+    bfloat16 = student.dtype == teacher.dtype == torch.bfloat16
+    return bfloat16 and student.is_cuda and not torch.compiler.is_compiling()
+
+
+def _bfloat16_similarity(batch: _Batch) -> tuple[Tensor, Tensor]:
+    """Return what :func:`_similarity` does, of bfloat16 tokens in closed form."""
+    x_BND, y_BND, mask_BN, counts_B = batch
+    if mask_BN is not None:
+        x_BND, y_BND = (side.masked_fill(~mask_BN[..., None], 0.0) for side in (x_BND, y_BND))
+    form = GramSimilarity if _gram_is_cheaper(x_BND, y_BND) else FeatureSimilarity
+    with without_autocast(x_BND):
+        return form.apply(x_BND, y_BND, mask_BN, counts_B, _COLLAPSED)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _gram_is_cheaper(x_BND: Tensor, y_BND: Tensor) -> bool:
+    n, dx, dy = x_BND.shape[1], x_BND.shape[2], y_BND.shape[2]
+    return n * (dx + dy) <= dx * dx + dy * dy + dx * dy
+
+
+def _similarity(
+    x_BND: Tensor,
+    y_BND: Tensor,
+    mask_BN: Tensor | None,
+    counts_B: Tensor | None,
+    estimator: str,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """CKA of every image and whether it is defined; a finite value with finite gradient where it is not."""
+    batch = _Batch(x_BND, y_BND, mask_BN, counts_B)
+    with without_autocast(x_BND):
+        x_BND, y_BND = _centred(x_BND, batch, normalize), _centred(y_BND, batch, normalize)
+        biased = (_gram_hsic if _gram_is_cheaper(x_BND, y_BND) else _feature_hsic)(x_BND, y_BND)
+        defined_B = (biased.xx_B >= _COLLAPSED) & (biased.yy_B >= _COLLAPSED)
+        hsic = biased
+        if estimator == "unbiased":
+            count_B = (
+                torch.full_like(biased.xx_B, x_BND.shape[1]) if counts_B is None else counts_B.to(biased.xx_B.dtype)
+            )
+            hsic = _unbiased(biased, x_BND, y_BND, count_B)
+            defined_B = defined_B & (hsic.xx_B > _CANCELLED * biased.xx_B) & (hsic.yy_B > _CANCELLED * biased.yy_B)
+        # Roots before the product: at 1e-8 each it would underflow in its gradient. Undefined images divide by 1.
+        norm_B = torch.where(defined_B, hsic.xx_B, 1.0).sqrt() * torch.where(defined_B, hsic.yy_B, 1.0).sqrt()
+        similarity_B = hsic.xy_B / norm_B
+        return (similarity_B.clamp(0.0, 1.0) if estimator == "biased" else similarity_B), defined_B
+
+
+def _gram_hsic(x_BND: Tensor, y_BND: Tensor) -> _HSIC:
+    """tr(K H L H) through n x n Gram matrices of centred tokens."""
+    gram_x = einsum(x_BND, x_BND, "b i d, b j d -> b i j")
+    gram_y = einsum(y_BND, y_BND, "b i d, b j d -> b i j")
+    return _HSIC(*(reduce(product, "b i j -> b", "sum") for product in (gram_x * gram_y, gram_x**2, gram_y**2)))
+
+
+def _feature_hsic(x_BND: Tensor, y_BND: Tensor) -> _HSIC:
+    """The same through d x d cross-products."""
+
+    def square_norm(a_BND: Tensor, b_BND: Tensor) -> Tensor:
+        return reduce(einsum(a_BND, b_BND, "b n i, b n j -> b i j") ** 2, "b i j -> b", "sum")
+
+    return _HSIC(square_norm(x_BND, y_BND), square_norm(x_BND, x_BND), square_norm(y_BND, y_BND))
+
+
+def _unbiased(biased: _HSIC, x_BND: Tensor, y_BND: Tensor, count_B: Tensor) -> _HSIC:
+    r"""Song et al.'s estimator of centred features, up to the factor that CKA divides out.
+
+    With :math:`\tilde K` the Gram matrix without its diagonal :math:`k`, rows of the whole Gram matrix sum to 0, so
+    :math:`\tilde K \mathbf 1 = -k`, :math:`\mathbf 1^\top \tilde K \mathbf 1 = -\sum k`, and the three terms of the estimator are
+    :math:`\mathrm{tr}(KL) - k \cdot l`, :math:`\sum k \sum l` and :math:`k \cdot l`.
+    """
+    k_BN, l_BN = (reduce(side**2, "b n d -> b n", "sum") for side in (x_BND, y_BND))
+
+    def corrected(full_B: Tensor, a_BN: Tensor, b_BN: Tensor) -> Tensor:
+        dot_B = (a_BN * b_BN).sum(1)
+        sums_B = a_BN.sum(1) * b_BN.sum(1)
+        n = count_B.clamp_min(4)
+        return full_B - dot_B + sums_B / ((n - 1) * (n - 2)) - 2 / (n - 2) * dot_B
+
+    return _HSIC(
+        corrected(biased.xy_B, k_BN, l_BN), corrected(biased.xx_B, k_BN, k_BN), corrected(biased.yy_B, l_BN, l_BN)
+    )
