@@ -1,0 +1,54 @@
+"""The fake quantiser of :mod:`gracekit.quant.lsq` in torch operations, a block of rows at a time.
+
+The float32 quotients and codes of a block stay in the processor's cache and are thrown away; at no time is there a tensor of the
+weight's size besides W_q, or dW.
+"""
+
+# O out_features, I in_features, S groups per row, G group size
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gracekit.quant.scheme import code_range, float_codes, in_groups, quotients, times_scale
+
+_BLOCK = 1 << 18
+
+
+def forward(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return W_q (O, I) of a weight (O, I) and its rounded scales (O, S)."""
+    values = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for rows in _blocks(weight):
+        values[rows] = times_scale(float_codes(weight[rows], scale[rows], bits), scale[rows], weight.dtype)
+    return values
+
+
+def backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, bits: int, *, needs_weight: bool, needs_scale: bool
+) -> tuple[Tensor, Tensor]:
+    """Return dW (O, I) in the weight's dtype and dtheta (O, S) in the computing one, each empty unless it is needed."""
+    low, high = code_range(bits)
+    grad_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty(0)
+    )
+    slopes = []
+    for rows in _blocks(weight):
+        ratio = quotients(weight[rows], scale[rows])
+        codes = ratio.round()
+        inside = (codes >= low) & (codes <= high)
+        grads = in_groups(grad[rows], ratio.shape[-1])
+        if needs_weight:
+            torch.where(inside, grads, grads.new_zeros(()), out=in_groups(grad_weight[rows], ratio.shape[-1]))
+        if needs_scale:
+            slope = codes.clamp_(low, high).sub_(ratio.masked_fill_(~inside, 0))
+            slopes.append(slope.mul_(grads).sum(-1) * scale[rows].to(slope.dtype))
+    return grad_weight, torch.cat(slopes) if needs_scale else scale.new_empty(0)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    rows = max(1, _BLOCK // max(1, weight.shape[1]))
+    # An empty weight has one block too, of no rows.
+    return (slice(start, start + rows) for start in range(0, max(1, weight.shape[0]), rows))

@@ -1,0 +1,1 @@
+"""Files that other engines read, and files of the authors."""
