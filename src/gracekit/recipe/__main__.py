@@ -1,0 +1,5 @@
+"""``python -m gracekit.recipe``."""
+
+from gracekit.recipe.cli import recipe
+
+raise SystemExit(recipe())

@@ -1,0 +1,119 @@
+"""The command line: ``gracekit recipe`` (also ``python -m gracekit.recipe``) and ``gracekit teacher``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+# Set before anything of these packages is imported. On a machine with several GPUs transformers' Trainer would spread a
+# model that fits a watch over all of them.
+for name, value in {
+    "CUDA_VISIBLE_DEVICES": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
+}.items():
+    os.environ.setdefault(name, value)
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+def recipe(arguments: Sequence[str] | None = None) -> int:
+    """Run the recipe; 0 when its report stands."""
+    from gracekit.recipe.config import parse
+    from gracekit.recipe.experiment import announce, open_folder, run_recipe
+    from gracekit.recipe.models import teacher_folder
+    from gracekit.recipe.progress import quiet, say
+    from gracekit.recipe.report import print_table, read_results, write_report
+    from gracekit.recipe.stages import write_json
+
+    quiet()
+    config = parse(arguments, "gracekit recipe")
+    try:
+        teacher_folder(config.run.teacher)
+        folder = open_folder(config)
+    except (ValueError, FileExistsError) as error:
+        print(f"gracekit recipe: error: {error}", file=sys.stderr)
+        return 2
+    if folder is None:
+        say(f"This run is finished; nothing was done. Its report: {config.run.output}/report.html")
+        print_table(read_results(config.run.output))
+        return 0
+    announce(folder)
+    try:
+        results = run_recipe(config, folder)
+    except KeyboardInterrupt:
+        say("Interrupted; the same command goes on from the last checkpoint.")
+        return 130
+    write_report(folder, results)
+    # Last, because this file is what makes the run a finished one.
+    write_json(folder / "results.json", results)
+    print_table(results)
+    say(f"Report: {folder / 'report.html'}")
+    return 0
+
+
+def teacher(arguments: Sequence[str] | None = None) -> int:
+    """Train a teacher for the recipe."""
+    from transformers import HfArgumentParser
+
+    from gracekit.recipe.progress import quiet
+    from gracekit.recipe.teacher import TeacherConfig, train_teacher
+
+    quiet()
+    parser = HfArgumentParser(TeacherConfig, prog="gracekit teacher", description=teacher.__doc__)
+    try:
+        (config,) = parser.parse_args_into_dataclasses(args=arguments)
+        train_teacher(config)
+    except (ValueError, TypeError, FileExistsError) as error:
+        print(f"gracekit teacher: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def inspect(arguments: Sequence[str] | None = None) -> int:
+    """Say what a saved model has, what would be quantised, its size, and what would not work."""
+    from gracekit.recipe.inspect_model import main as inspect_main
+
+    return inspect_main(arguments)
+
+
+def quantize(arguments: Sequence[str] | None = None) -> int:
+    """Round a saved model's decoder to nearest and write it for an engine."""
+    from gracekit.recipe.quantize import quantize as quantize_main
+
+    return quantize_main(arguments)
+
+
+def export(arguments: Sequence[str] | None = None) -> int:
+    """Write a model trained with learned scales, as save_qat left it, for an engine."""
+    from gracekit.recipe.quantize import export as export_main
+
+    return export_main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
+    "recipe": recipe,
+    "teacher": teacher,
+    "inspect": inspect,
+    "quantize": quantize,
+    "export": export,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the first argument names."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in COMMANDS:
+        return COMMANDS[given[0]](given[1:])
+    helped = bool(given) and given[0] in ("-h", "--help")
+    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    text = "\n".join(["usage: gracekit COMMAND ... (gracekit COMMAND --help for its options)", "", *lines])
+    print(text, file=sys.stdout if helped else sys.stderr)
+    return 0 if helped else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,210 @@
+"""What a run of the recipe can be told, checked before any work: three frozen dataclasses, one command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from gracekit._checks import check_choice, check_int, check_real
+from gracekit.control import LagrangianController
+from gracekit.losses import ConfidenceGatedDKD, RelationalCKA
+from gracekit.objective import GraceObjective
+
+LOSSES = ("ce", "kl", "gdkd", "grace")
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field with a default and a line of help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run writes, what it compares and on what.
+
+    Args:
+        output: folder of this run; made if absent, resumed if it holds an unfinished run with the same settings.
+        seed: of the initial weights and of the order of the data.
+        device: "auto" takes CUDA where there is one.
+        losses: what the students are trained with, each in BF16 and INT4: "ce" the answers alone, "kl" and a plain KL divergence
+            to the teacher, "gdkd" and the gated distillation, "grace" all three parts.
+        train_images: how many of the 4,000 training images to use.
+        test_images: how many of the 1,000 test images to answer questions about.
+        teacher: folder of a teacher; empty for the one in the package.
+    """
+
+    output: str = option("runs/recipe", "folder of this run; resumed if it holds an unfinished one")
+    seed: int = option(0, "seed of the initial weights and of the order of the data")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train and answer")
+    losses: list[str] = field(
+        default_factory=lambda: ["ce", "grace"],
+        metadata={"help": f"what to train students with, of: {' '.join(LOSSES)}"},
+    )
+    train_images: int = option(4000, "training images to use, at most 4000")
+    test_images: int = option(1000, "test images to answer questions about, at most 1000")
+    teacher: str = option("", "folder of a teacher made by `gracekit teacher`; empty: the one in the package")
+
+    def __post_init__(self) -> None:
+        check_int("seed", self.seed, low=0)
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        if not self.losses or len(set(self.losses)) < len(self.losses):
+            raise ValueError(f"losses must name one or more, each once, got losses={self.losses!r}")
+        for name in self.losses:
+            check_choice("losses", name, LOSSES)
+        check_int("train_images", self.train_images, low=8, high=4000)
+        check_int("test_images", self.test_images, low=1, high=1000)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be one that is present, got device='cuda' and no CUDA device")
+
+    def torch_device(self) -> torch.device:
+        """Return the device that ``device`` stands for."""
+        wanted = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return torch.device(wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how fast every student trains; all losses alike.
+
+    A student starts with ``steps`` steps at a constant rate; from there ``finish_steps`` steps with a falling rate are made
+    twice, once in full precision (the BF16 student and its RTN) and once with INT4 weights in the loop. So all variants have
+    seen the same data equally often.
+
+    Args:
+        steps: optimiser steps of the common start.
+        finish_steps: further steps, in full precision and again as QAT; 0 means a quarter of ``steps``.
+        batch_size: packed examples a step: one image and up to ``questions_per_image`` of its questions each.
+        questions_per_image: questions packed behind one image.
+        learning_rate: of AdamW.
+        finish_learning_rate: the same at the beginning of the finish, for both precisions.
+        weight_decay: of parameters with two or more dimensions.
+        warmup: share of a stage's steps in which its rate rises.
+        group_size: input weights that share a scale.
+    """
+
+    steps: int = option(1000, "optimiser steps of the start that BF16 and INT4 students share")
+    finish_steps: int = option(0, "further steps, in BF16 and again with INT4 weights; 0: a quarter of --steps")
+    batch_size: int = option(32, "images a step")
+    questions_per_image: int = option(4, "questions packed behind one image")
+    learning_rate: float = option(2e-3, "of the common start")
+    finish_learning_rate: float = option(2e-3, "at the beginning of the finish, from where it falls to 0")
+    weight_decay: float = option(1e-3, "of parameters with two or more dimensions")
+    warmup: float = option(0.05, "share of a stage's steps in which the rate rises")
+    group_size: int = option(64, "weights that share a scale: 32 or 64")
+
+    def __post_init__(self) -> None:
+        check_int("steps", self.steps, low=2)
+        check_int("finish_steps", self.finish_steps, low=0)
+        check_int("batch_size", self.batch_size, low=1)
+        check_int("questions_per_image", self.questions_per_image, low=1)
+        check_real("learning_rate", self.learning_rate, low=0.0, open_low=True)
+        check_real("finish_learning_rate", self.finish_learning_rate, low=0.0, open_low=True)
+        check_real("weight_decay", self.weight_decay, low=0.0)
+        check_real("warmup", self.warmup, low=0.0, high=1.0)
+        check_choice("group_size", self.group_size, (32, 64))
+
+    @property
+    def finish(self) -> int:
+        """Steps of the finish."""
+        return self.finish_steps or max(1, self.steps // 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraceConfig:
+    """The method's own numbers: L_CE + beta * L_GDKD + omega * L_RCKA.
+
+    Chosen so that the controller works between its bounds on this data: L_GDKD falls from about 20 to below 1 within a
+    thousand steps, and the paper's tau of 0.35 with beta up to 5, or the authors' released tau of 3 with beta up to 1, leave beta
+    on a bound for most of them. A faster moving average (0.95 instead of 0.99) keeps the first steps from driving it to the
+    ceiling.
+
+    Args:
+        temperature: of the distillation.
+        alpha: weight of the target-class part.
+        beta_dkd: weight of the other classes' part.
+        tau: what the controller brings L_GDKD down to.
+        eta: its step size; 0 keeps beta at ``beta_initial``.
+        beta_initial: multiplier of L_GDKD at the start.
+        beta_min: its floor.
+        beta_max: its ceiling.
+        ema_decay: smoothing of L_GDKD in the controller.
+        omega: weight of L_RCKA.
+    """
+
+    temperature: float = option(2.0, "of the distillation")
+    alpha: float = option(1.0, "weight of the target class's part")
+    beta_dkd: float = option(4.0, "weight of the other classes' part")
+    tau: float = option(1.0, "what the controller brings L_GDKD down to")
+    eta: float = option(0.0015, "step size of the controller; 0 keeps beta fixed")
+    beta_initial: float = option(0.5, "multiplier of L_GDKD at the start")
+    beta_min: float = option(0.1, "its floor")
+    beta_max: float = option(5.0, "its ceiling")
+    ema_decay: float = option(0.95, "smoothing of L_GDKD in the controller")
+    omega: float = option(3.0, "weight of L_RCKA")
+
+    def __post_init__(self) -> None:
+        check_real("tau", self.tau)
+        check_real("eta", self.eta, low=0.0)
+        check_real("beta_min", self.beta_min, low=0.0)
+        check_real("beta_max", self.beta_max, low=self.beta_min)
+        check_real("beta_initial", self.beta_initial, low=self.beta_min, high=self.beta_max)
+        check_real("omega", self.omega, low=0.0)
+        self.objective("grace")  # temperature, alpha, beta_dkd and ema_decay have the same names there
+
+    def objective(self, losses: str) -> GraceObjective:
+        """Return the objective of "gdkd" (no relational part) or "grace"."""
+        return GraceObjective(
+            ConfidenceGatedDKD(self.temperature, self.alpha, self.beta_dkd),
+            RelationalCKA(),
+            LagrangianController(
+                self.tau,
+                lr=self.eta,
+                initial=self.beta_initial,
+                bounds=(self.beta_min, self.beta_max),
+                ema_decay=self.ema_decay,
+            ),
+            relational_weight=self.omega if losses == "grace" else 0.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    grace: GraceConfig = field(default_factory=GraceConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, by the name of their part."""
+        return asdict(self)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Return "part.name: theirs -> ours" for every setting that changes results and differs; ``output`` does not."""
+        mine = _flatten(self.as_dict())
+        theirs = _flatten(other)
+        names = sorted((mine.keys() | theirs.keys()) - {"run.output"})
+        return [f"{n}: {theirs.get(n)!r} -> {mine.get(n)!r}" for n in names if mine.get(n) != theirs.get(n)]
+
+
+def parse(arguments: Sequence[str] | None, prog: str) -> RecipeConfig:
+    """Return the settings of a command line; a bad one ends the program with a line that says why."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (RunConfig, TrainConfig, GraceConfig),
+        prog=prog,
+        description="GRACE end to end on easy-VQA: distil, train with INT4 weights, answer with the INT4 kernel, report.",
+    )
+    try:
+        run, train, grace = parser.parse_args_into_dataclasses(args=arguments)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return RecipeConfig(run=run, train=train, grace=grace)
+
+
+def _flatten(settings: dict[str, Any]) -> dict[str, Any]:
+    return {f"{part}.{name}": value for part, values in settings.items() for name, value in values.items()}

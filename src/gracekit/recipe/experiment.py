@@ -1,0 +1,271 @@
+"""The whole run: teacher outputs, students, INT4 answers, results; each part is kept, so an interrupted run goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from gracekit.quant import LSQConfig, convert, prepare_qat, quantize_rtn
+from gracekit.recipe.config import RecipeConfig
+from gracekit.recipe.data import PackedVqa, TeacherOutputs, VqaSplit, load_easy_vqa
+from gracekit.recipe.environment import environment
+from gracekit.recipe.evaluate import accuracy, generate_answers
+from gracekit.recipe.models import (
+    STUDENT,
+    build_model,
+    load_teacher,
+    parameter_count,
+    teacher_folder,
+    teacher_outputs,
+)
+from gracekit.recipe.progress import progress_bars, say
+from gracekit.recipe.stages import Stage, run_stage, write_json
+from gracekit.vlm import language_linears
+
+FULL, RTN, QAT = "bf16", "int4-rtn", "int4-qat"
+
+
+@dataclass
+class Run:
+    """What the parts of a run share."""
+
+    config: RecipeConfig
+    folder: Path
+    device: torch.device
+    train: VqaSplit
+    test: VqaSplit
+    tokenizer: PreTrainedTokenizerFast
+    teacher: TeacherOutputs
+    bars: Progress
+
+
+def open_folder(config: RecipeConfig) -> Path | None:
+    """Return the run's folder, ready to write to; None if it holds a finished run of these settings.
+
+    Raises:
+        FileExistsError: the folder holds something else, or a run with other settings.
+    """
+    folder = Path(config.run.output)
+    settings = folder / "config.json"
+    if settings.is_file():
+        differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
+        if differences:
+            raise FileExistsError(
+                f"output must be a new folder or a run with the same settings, got {str(folder)!r} with other ones "
+                f"(there -> asked for): {'; '.join(differences)}"
+            )
+        return None if (folder / "results.json").is_file() else folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output must be a new or empty folder, got {str(folder)!r}, which holds something else")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(settings, config.as_dict())
+    return folder
+
+
+def run_recipe(config: RecipeConfig, folder: Path) -> dict[str, Any]:
+    """Run, or go on with, a recipe in its folder and return its results."""
+    device = config.run.torch_device()
+    clock = Clock(folder / "seconds.json")
+    with progress_bars() as bars:
+        with clock("teacher"):
+            teacher, tokenizer = load_teacher(config.run.teacher)
+            train = load_easy_vqa("train", config.run.train_images)
+            test = load_easy_vqa("test", config.run.test_images)
+            outputs = _teacher_outputs(teacher.to(device), train, tokenizer, folder, bars)
+            del teacher
+        run = Run(config, folder, device, train, test, tokenizer, outputs, bars)
+        variants = [teacher_variant(config.run.teacher)]
+        for losses in config.run.losses:
+            variants += _student(run, losses, clock)
+    return {
+        "environment": environment(device),
+        "config": config.as_dict() | {"student": asdict(STUDENT), "finish_steps": config.train.finish},
+        "variants": variants,
+        "questions": len(test.questions),
+        "seconds": clock.seconds,
+    }
+
+
+def teacher_variant(path: str) -> dict[str, Any]:
+    """Return the row of the teacher: what its own training measured, on all test images."""
+    training = json.loads((teacher_folder(path) / "training.json").read_text(encoding="utf-8"))
+    return {
+        "name": "teacher",
+        "losses": "ce",
+        "precision": FULL,
+        "kernel": "torch",
+        "seed": training["config"]["seed"],
+        "accuracy": training["accuracy"],
+        "questions": training["questions"],
+        "parameters": training["parameters"],
+        "steps": training["config"]["steps"],
+    }
+
+
+def _student(run: Run, losses: str, clock: Clock) -> list[dict[str, Any]]:
+    """Train a student with some losses in all precisions and return the variants that come of it."""
+    train, seed = run.config.train, run.config.run.seed
+    data = PackedVqa(
+        run.train,
+        run.tokenizer,
+        image_tokens=STUDENT.image_tokens,
+        questions_per_image=train.questions_per_image,
+        teacher=None if losses == "ce" else run.teacher,
+    )
+    quantiser = LSQConfig(group_size=train.group_size)
+    objective = run.config.grace.objective(losses)
+
+    def stage(model: nn.Module, name: str, steps: int, rate: float, schedule: str, objective: Any, order: int) -> Any:
+        task = run.bars.add_task(f"{name}: train", total=steps)
+        with clock(name):
+            log = run_stage(
+                Stage(
+                    name=f"stages/{name}",
+                    losses=losses,
+                    steps=steps,
+                    learning_rate=rate,
+                    schedule=schedule,
+                    batch_size=train.batch_size,
+                    warmup=train.warmup,
+                    weight_decay=train.weight_decay,
+                    seed=order,
+                ),
+                model,
+                data,
+                objective,
+                run.folder,
+                device=run.device,
+                report=lambda step, text: run.bars.update(task, completed=step, note=text),
+            )
+        run.bars.update(task, completed=steps)
+        return log
+
+    start = build_model(STUDENT, run.tokenizer, seed=seed)
+    common = stage(start, f"{losses}-start", train.steps, train.learning_rate, "constant_with_warmup", objective, seed)
+    variants, total = [], train.steps + train.finish
+    for precision in (FULL, QAT):
+        model, own = copy.deepcopy(start).cpu(), copy.deepcopy(objective)
+        if precision == QAT:
+            prepare_qat(model, quantiser)
+        name = f"{losses}-{precision}"
+        # The same data in the same order for both precisions.
+        log = stage(model, name, train.finish, train.finish_learning_rate, "linear", own, seed + 1)
+        history = common + [entry | {"step": entry["step"] + train.steps} for entry in log]
+        trained = model.to(torch.bfloat16) if precision == FULL else model
+        for kind in (FULL, RTN) if precision == FULL else (QAT,):
+            variants.append(_judge(run, losses, kind, trained, quantiser, history, total, clock))
+    return variants
+
+
+def _judge(
+    run: Run, losses: str, kind: str, trained: nn.Module, quantiser: LSQConfig, history: Any, steps: int, clock: Clock
+) -> dict[str, Any]:
+    def deployed() -> nn.Module:
+        model = copy.deepcopy(trained).to(run.device)
+        if kind == RTN:
+            quantize_rtn(model, quantiser)
+        elif kind == QAT:
+            # Codes come from the trained float32 weights; everything else is cast afterwards.
+            convert(model, dtype=torch.bfloat16)
+        return model.to(torch.bfloat16)
+
+    name = f"{losses}-{kind}"
+    kernel, answers = _answers(run, name, deployed, clock)
+    return {
+        "name": name,
+        "losses": losses,
+        "precision": kind,
+        "kernel": kernel,
+        "seed": run.config.run.seed,
+        "accuracy": accuracy(answers, run.test.questions),
+        "questions": len(answers),
+        "parameters": parameter_count(build_model(STUDENT, run.tokenizer, seed=0)),
+        "steps": steps,
+        "history": history,
+    }
+
+
+def _answers(run: Run, name: str, deployed: Callable[[], Any], clock: Clock) -> tuple[str, list[str]]:
+    """Return a variant's kernel and its answers to the test questions, from its file if it has answered them."""
+    path = run.folder / "answers" / f"{name}.json"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        task = run.bars.add_task(f"{name}: answer", total=len(run.test.questions))
+        with clock(f"{name}-answers"):
+            model = deployed()
+            answers = generate_answers(
+                model,
+                run.test,
+                run.tokenizer,
+                image_tokens=STUDENT.image_tokens,
+                advance=lambda count: run.bars.advance(task, count),
+            )
+        write_json(path, {"kernel": kernel_name(model), "answers": answers})
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return kept["kernel"], kept["answers"]
+
+
+def kernel_name(model: nn.Module) -> str:
+    """Return what the decoder's linear layers compute with: "torch", or the class of torchao's tensor with its device."""
+    weights = [layer.weight for layer in language_linears(model).values()]
+    (kind,) = {type(weight) for weight in weights}
+    return "torch" if kind is nn.Parameter else f"torchao {kind.__name__} ({weights[0].device.type})"
+
+
+def _teacher_outputs(
+    teacher: LlavaForConditionalGeneration,
+    train: VqaSplit,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    bars: Progress,
+) -> TeacherOutputs:
+    path = folder / "stages" / "teacher.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        task = bars.add_task("teacher: read the training set", total=len(train.images))
+        outputs = teacher_outputs(teacher, train, tokenizer, advance=lambda count: bars.advance(task, count))
+        part = path.with_name(path.name + ".part")
+        save_file({"logits": outputs.logits, "visual_tokens": outputs.visual_tokens}, part)
+        part.replace(path)
+    saved = load_file(path)
+    return TeacherOutputs(saved["logits"], saved["visual_tokens"])
+
+
+class Clock:
+    """Adds up the seconds of named parts over all sittings of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.name, self.since = "", 0.0
+
+    def __call__(self, name: str) -> Clock:
+        """Name the part that the with block measures."""
+        self.name = name
+        return self
+
+    def __enter__(self) -> None:
+        self.since = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        spent = time.monotonic() - self.since
+        self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + spent, 2)
+        write_json(self.path, self.seconds)
+
+
+def announce(folder: Path) -> None:
+    """Say that a run goes on, where it does."""
+    done = sorted(path.parent.name for path in folder.glob("stages/*/log.json"))
+    if done:
+        say(f"Going on in {folder}; done already: {', '.join(done)}")

@@ -1,0 +1,143 @@
+"""Saved models as folders for inference engines: ``gracekit quantize`` rounds a plain one, ``gracekit export`` takes a trained one.
+
+Both write weights, configuration and whatever lies beside them that an engine needs (tokenizer, processor, chat template).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from gracekit.quant import (
+    LSQConfig,
+    convert,
+    coverage,
+    export_awq,
+    export_compressed_tensors,
+    load_qat,
+    quantize_rtn,
+)
+from gracekit.recipe.progress import quiet, say
+
+EXPORTS = {"compressed-tensors": export_compressed_tensors, "awq": export_awq}
+FORMATS = ("torchao", "torchao-reference", *EXPORTS)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# The weights are written anew, and what describes them with them.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_OWN = ("config.json", "generation_config.json")
+_BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+
+
+def load(folder: Path) -> Any:
+    """Return the model of a folder, of the class that its config.json names, in the dtype it was saved in.
+
+    Raises:
+        ValueError: the folder holds no model of transformers.
+    """
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise ValueError(f"the folder must hold a model that save_pretrained wrote, got no config.json in {folder}")
+    described = json.loads(settings.read_text(encoding="utf-8"))
+    if "quantization_config" in described:
+        method = described["quantization_config"].get("quant_method")
+        raise ValueError(f"the folder must hold a model that is not quantised yet, got one of {method!r} in {folder}")
+    names = described.get("architectures") or []
+    kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    if not kinds:
+        raise ValueError(f"config.json must name a class of transformers under architectures, got {names} in {folder}")
+    return kinds[0].from_pretrained(folder, dtype="auto").eval()
+
+
+def write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype | None) -> None:
+    """Write a prepared or converted model in a format, with the files that lie beside it in ``source``.
+
+    Raises:
+        ValueError: a layer does not fit the format.
+        FileExistsError: ``output`` holds something.
+    """
+    plain = "portable" if form == "torchao" else "reference"
+    convert(model, plain, dtype=dtype)
+    if dtype is not None:
+        model.to(dtype)
+    if form in EXPORTS:
+        EXPORTS[form](model, output)
+    else:
+        model.save_pretrained(output)
+    for path in sorted(source.iterdir()):
+        beside = path.name.endswith(_BESIDE) and not path.name.endswith(_WEIGHTS) and path.name not in _OWN
+        if path.is_file() and beside and not (output / path.name).exists():
+            shutil.copyfile(path, output / path.name)
+    say(f"{coverage(model)}. Written: {output}")
+
+
+def check_empty(output: Path) -> None:
+    """Raise where a folder or a file is in the way."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
+
+
+def quantize(arguments: Sequence[str] | None = None) -> int:
+    """Round a saved model's decoder to nearest and write it for an engine."""
+    parser = _parser("quantize", "MODEL_DIR", "folder that save_pretrained wrote", quantize.__doc__)
+    parser.add_argument("--method", choices=["rtn"], default="rtn", help="round to nearest, no training (default)")
+    parser.add_argument("--bits", type=int, default=4, help="width of a weight (default 4)")
+    parser.add_argument("--group-size", type=int, default=128, help="inputs that share a scale (default 128)")
+    given = parser.parse_args(arguments)
+
+    def act() -> Any:
+        model = load(given.folder)
+        dtype = DTYPES.get(given.dtype, model.dtype)
+        # What kernels of the format hold exactly: float16 scales for AWQ and for float16 models.
+        half = given.format == "awq" or dtype == torch.float16
+        scale_dtype = torch.float16 if half else torch.bfloat16
+        config = LSQConfig(bits=given.bits, group_size=given.group_size, scale_dtype=scale_dtype)
+        return quantize_rtn(model, config, target="reference")
+
+    return _run("quantize", given, act)
+
+
+def export(arguments: Sequence[str] | None = None) -> int:
+    """Write a model trained with learned scales, as save_qat left it, for an engine."""
+    parser = _parser("export", "RUN_DIR", "folder that gracekit.quant.save_qat wrote", export.__doc__)
+    given = parser.parse_args(arguments)
+
+    def act() -> Any:
+        model = load(given.folder)
+        load_qat(model, given.folder)
+        return model
+
+    return _run("export", given, act)
+
+
+def _parser(name: str, metavar: str, folder: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"gracekit {name}", description=description)
+    parser.add_argument("folder", metavar=metavar, type=Path, help=folder)
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="torchao: packed, for torchao's kernels and gracekit.quant.convert; torchao-reference: a byte a weight, "
+        "computes wherever transformers does; compressed-tensors: vLLM and transformers; awq: engines with AWQ's GEMM layout",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the activations and all other weights (default: as saved)")
+    return parser
+
+
+def _run(name: str, given: argparse.Namespace, act: Any) -> int:
+    quiet()
+    try:
+        check_empty(given.output)
+        write(act(), given.folder, given.output, given.format, DTYPES.get(given.dtype))
+    except (ValueError, OSError) as error:
+        print(f"gracekit {name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,129 @@
+"""`gracekit teacher`: train the teacher that the recipe distils from, the one in the package included."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gracekit._checks import check_choice, check_int, check_real
+from gracekit.objective import GraceObjective
+from gracekit.recipe.config import RunConfig, option
+from gracekit.recipe.data import PackedVqa, build_tokenizer, load_easy_vqa
+from gracekit.recipe.environment import environment
+from gracekit.recipe.evaluate import accuracy, generate_answers
+from gracekit.recipe.models import TEACHER, build_model, parameter_count
+from gracekit.recipe.progress import progress_bars, say
+from gracekit.recipe.stages import Stage, run_stage, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """How a teacher is trained: cross-entropy alone, half of the images mirrored."""
+
+    output: str = option("runs/teacher", "folder of the teacher; an interrupted training goes on")
+    seed: int = option(7, "seed of weights, order and mirroring")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to train")
+    steps: int = option(3500, "optimiser steps")
+    batch_size: int = option(32, "images a step")
+    questions_per_image: int = option(10, "questions packed behind one image")
+    learning_rate: float = option(1.5e-3, "at its highest")
+    weight_decay: float = option(0.05, "of parameters with two or more dimensions")
+    train_images: int = option(4000, "training images to use, at most 4000")
+    test_images: int = option(1000, "test images to answer questions about, at most 1000")
+
+    def __post_init__(self) -> None:
+        check_int("seed", self.seed, low=0)
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        check_int("steps", self.steps, low=2)
+        check_int("batch_size", self.batch_size, low=1)
+        check_int("questions_per_image", self.questions_per_image, low=1)
+        check_real("learning_rate", self.learning_rate, low=0.0, open_low=True)
+        check_real("weight_decay", self.weight_decay, low=0.0)
+        check_int("train_images", self.train_images, low=8, high=4000)
+        check_int("test_images", self.test_images, low=1, high=1000)
+
+
+class MirroredVqa(PackedVqa):
+    """Packed examples, each image mirrored with probability 1/2: every answer stays true."""
+
+    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return a batch."""
+        batch = super().collate(indices)
+        mirrored = torch.rand(len(indices)) < 0.5
+        pixels = batch["pixel_values"]
+        batch["pixel_values"] = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        return batch
+
+
+def train_teacher(config: TeacherConfig) -> float:
+    """Train a teacher into ``config.output`` and return its accuracy on the test images."""
+    folder = Path(config.output)
+    if (folder / "training.json").exists():
+        raise FileExistsError(
+            f"output must be a new folder or an unfinished training, got a teacher in {config.output!r}"
+        )
+    device = RunConfig(device=config.device).torch_device()
+    start = time.monotonic()
+    train, test = load_easy_vqa("train", config.train_images), load_easy_vqa("test", config.test_images)
+    tokenizer = build_tokenizer(text for q in train.questions for text in (q.text, q.answer))
+    model = build_model(TEACHER, tokenizer, seed=config.seed)
+    data = MirroredVqa(
+        train, tokenizer, image_tokens=TEACHER.image_tokens, questions_per_image=config.questions_per_image
+    )
+    stage = Stage(
+        name="stages/teacher",
+        losses="ce",
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        schedule="cosine",
+        batch_size=config.batch_size,
+        warmup=0.05,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+    )
+    with progress_bars() as bars:
+        bar = bars.add_task(f"teacher, {parameter_count(model):,} parameters", total=config.steps)
+        log = run_stage(
+            stage,
+            model,
+            data,
+            GraceObjective(),
+            folder,
+            device=device,
+            report=lambda step, text: bars.update(bar, completed=step, note=text),
+        )
+        model.to(torch.bfloat16)
+        bar = bars.add_task("teacher answers test questions", total=len(test.questions))
+        answers = generate_answers(
+            model,
+            test,
+            tokenizer,
+            image_tokens=TEACHER.image_tokens,
+            advance=lambda count: bars.advance(bar, count),
+        )
+    reached = accuracy(answers, test.questions)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_json(
+        folder / "training.json",
+        {
+            "environment": environment(device),
+            "config": asdict(config),
+            "size": asdict(TEACHER),
+            "parameters": parameter_count(model),
+            "accuracy": reached,
+            "questions": len(test.questions),
+            "seconds": round(time.monotonic() - start, 1),
+            "log": log,
+        },
+    )
+    shutil.rmtree(folder / "stages")
+    say(f"teacher: {100 * reached:.2f} % of {len(test.questions)} test questions right, in {folder}")
+    return reached
