@@ -1,0 +1,150 @@
+"""The objective is the sum of its parts, and only its owner steps the controller."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from strategies import labels, normal
+
+from gracekit import (
+    ConfidenceGatedDKD,
+    GraceObjective,
+    LagrangianController,
+    LinearGatedDKD,
+    RelationalCKA,
+    entropy_gate,
+    gated_dkd,
+)
+
+
+def logits(classes=9, dtype=torch.float64):
+    return normal(1, 7, classes, dtype=dtype).requires_grad_(), normal(2, 7, classes, dtype=dtype), labels(3, 7, 9)
+
+
+def visual():
+    return {
+        "student_tokens": normal(4, 11, 5).requires_grad_(),
+        "teacher_tokens": normal(5, 11, 6),
+        "lengths": [5, 6],
+    }
+
+
+def test_total_is_the_weighted_sum_of_independently_computed_parts():
+    objective = GraceObjective(controller=LagrangianController(initial=2.5), relational_weight=3.0)
+    student, teacher, target = logits()
+    tokens = visual()
+    loss = objective(student, teacher, target, **tokens)
+    cross_entropy = F.cross_entropy(student, target)
+    distillation = gated_dkd(student, teacher, target)
+    relational = RelationalCKA()(*tokens.values())
+    total = cross_entropy + 2.5 * distillation + 3.0 * relational
+    for got, want in zip(
+        loss,
+        (total, cross_entropy, distillation, relational, torch.tensor(2.5), entropy_gate(teacher, target).sum()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want.detach() if got is not loss.total else want, check_dtype=False)
+    wanted = (student, tokens["student_tokens"])
+    for got, want in zip(torch.autograd.grad(loss.total, wanted), torch.autograd.grad(total, wanted), strict=True):
+        torch.testing.assert_close(got, want)
+    assert not any(part.requires_grad for part in loss[1:])
+
+
+def test_without_tokens_there_is_no_relational_part():
+    student, teacher, target = logits()
+    loss = GraceObjective(relational_weight=100.0)(student, teacher, target)
+    assert loss.relational.item() == 0.0
+    torch.testing.assert_close(loss.total, loss.cross_entropy + loss.gated_dkd)
+
+
+def test_nothing_but_its_owner_steps_the_controller():
+    objective = GraceObjective(controller=LagrangianController(lr=1.0))
+    loss = objective(*logits())
+    assert objective.controller.multiplier.item() == 1.0
+    objective.controller.step(loss.gated_dkd, loss.gate_sum)
+    assert objective.controller.multiplier.item() != 1.0
+    assert loss.multiplier.item() == 1.0
+
+
+def test_micro_batches_with_global_counts_add_up_to_the_whole():
+    objective = GraceObjective()
+    student, teacher, target = logits()
+    tokens = visual()
+    whole = objective(student, teacher, target, **tokens)
+    wanted = (student, tokens["student_tokens"])
+    expected = torch.autograd.grad(whole.total, wanted)
+    counts = {"gate_sum": whole.gate_sum, "token_count": (target != -100).sum(), "image_count": 2}
+    total = 0.0
+    for rows, image in ((slice(0, 3), slice(0, 5)), (slice(3, 7), slice(5, 11))):
+        part = objective(
+            student[rows],
+            teacher[rows],
+            target[rows],
+            student_tokens=tokens["student_tokens"][image],
+            teacher_tokens=tokens["teacher_tokens"][image],
+            **counts,
+        )
+        total = total + part.total
+    torch.testing.assert_close(total, whole.total)
+    for got, want in zip(torch.autograd.grad(total, wanted), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_combine_takes_losses_computed_from_hidden_states():
+    objective = GraceObjective(controller=LagrangianController(initial=2.0), relational_weight=0.5)
+    hidden, weight = normal(1, 7, 4).requires_grad_(), normal(2, 9, 4)
+    teacher_hidden, teacher_weight, target = normal(3, 7, 6), normal(4, 9, 6), labels(3, 7, 9)
+    parts = LinearGatedDKD()(
+        hidden, weight, teacher_hidden, teacher_weight, target, dkd_weight=objective.controller.multiplier
+    )
+    relational = RelationalCKA()(*visual().values())
+    loss = objective.combine(parts, relational)
+    direct = objective(hidden @ weight.T, teacher_hidden @ teacher_weight.T, target, **visual())
+    for got, want in zip(loss, direct, strict=True):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(one.total, hidden)[0] for one in (loss, direct)))
+
+
+def test_padded_vocabularies_keep_the_models_own_cross_entropy():
+    student, teacher, target = normal(1, 7, 12), normal(2, 7, 16), labels(3, 7, 9)
+    loss = GraceObjective(ConfidenceGatedDKD(vocab_size=10))(student, teacher, target)
+    torch.testing.assert_close(loss.cross_entropy, F.cross_entropy(student, target))
+    torch.testing.assert_close(loss.gated_dkd, gated_dkd(student, teacher, target, vocab_size=10))
+
+
+def test_bf16_logits_give_float32_losses_and_bf16_gradients():
+    student, teacher, target = logits(dtype=torch.bfloat16)
+    loss = GraceObjective()(student, teacher, target)
+    loss.total.backward()
+    assert loss.total.dtype == loss.cross_entropy.dtype == torch.float32
+    assert student.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.cross_entropy, F.cross_entropy(student.detach().float(), target))
+
+
+def test_compiles_into_one_graph_and_sees_a_stepped_controller():
+    objective = GraceObjective(controller=LagrangianController(lr=1.0))
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    student, teacher, target = logits()
+    for _ in range(2):
+        for got, want in zip(
+            compiled(student, teacher, target, **visual()), objective(student, teacher, target, **visual()), strict=True
+        ):
+            torch.testing.assert_close(got, want)
+        objective.controller.step(9.0)
+
+
+def test_the_controller_is_in_the_state():
+    state = GraceObjective().state_dict()
+    assert set(state) == {f"controller.{name}" for name in ("multiplier", "ema", "skipped", "saturated_steps")}
+
+
+def test_bad_parts_are_refused():
+    with pytest.raises(TypeError, match="distillation must be a ConfidenceGatedDKD or None, got RelationalCKA"):
+        GraceObjective(RelationalCKA())
+    with pytest.raises(TypeError, match="controller must be a LagrangianController or None, got float"):
+        GraceObjective(controller=1.0)
+    with pytest.raises(ValueError, match="distillation must have reduction='mean', got 'sum'"):
+        GraceObjective(ConfidenceGatedDKD(reduction="sum"))
+    with pytest.raises(ValueError, match="relational_weight must be"):
+        GraceObjective(relational_weight=-1.0)
+    with pytest.raises(ValueError, match="must be given together, got teacher_tokens=None"):
+        GraceObjective()(*logits(), student_tokens=normal(1, 5, 5))

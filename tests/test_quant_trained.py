@@ -1,0 +1,150 @@
+"""Folders of models in training: save_qat and load_qat."""
+
+import copy
+import json
+
+import pytest
+import torch
+from quant_cases import SMALL, Pair
+from safetensors.torch import load_model, save_file
+from tiny_models import llava_batch, tiny_llava, tiny_qwen2_vl
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gracekit.quant import LSQConfig, convert, load_qat, prepare_qat, qat_parameter_groups, save_qat
+from gracekit.quant.formats.trained import SCALES_FILE
+
+
+def tiny_llama(dtype=torch.float32):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(num_hidden_layers=2, vocab_size=100, tie_word_embeddings=True, **sizes)
+    return LlamaForCausalLM._from_config(config, dtype=dtype)
+
+
+def train(model, steps, optimizer):
+    ids = torch.arange(24).view(2, 12)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_bit_for_bit_from_a_folder(tmp_path, dtype):
+    through = tiny_llama(dtype)
+    names = prepare_qat(through, LSQConfig(bits=3, group_size=32, scale_dtype=torch.float16))
+    optimizer = torch.optim.AdamW(qat_parameter_groups(through, lr=1e-3))
+    train(through, 3, optimizer)
+    save_qat(through, tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+
+    loaded, info = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not any(info.values())
+    resumed = loaded.train()
+    assert load_qat(resumed, tmp_path) == names
+    again = torch.optim.AdamW(qat_parameter_groups(resumed, lr=1e-3))
+    again.load_state_dict(state)
+    train(through, 2, optimizer)
+    train(resumed, 2, again)
+    assert all(torch.equal(a, b) for a, b in zip(through.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_qwen2_vl])
+def test_families_that_name_their_tensors_otherwise_in_files_load_the_same_model(tmp_path, make):
+    model = make()
+    names = prepare_qat(model, LSQConfig(group_size=32))
+    with torch.no_grad():
+        for name in names:
+            model.get_submodule(name).weight_fake_quantizer.log_scale.add_(0.1)
+    save_qat(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert load_qat(loaded, tmp_path) == names
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_what_was_saved_converts_to_the_answers_of_training(tmp_path):
+    model = tiny_llava()
+    prepare_qat(model, LSQConfig(group_size=32))
+    batch = llava_batch(model, ["tIt"])
+    with torch.no_grad():
+        trained = model(**batch).logits
+    save_qat(model, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype="auto")
+    load_qat(loaded, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(convert(loaded, "reference")(**batch).logits, trained)
+
+
+def test_any_module_saves_and_layers_may_differ(tmp_path):
+    model = Pair()
+    prepare_qat(model, SMALL)
+    prepare_qat(model, LSQConfig(bits=8, group_size=32), filter_fn=lambda module, name: name == "vision")
+    save_qat(model, tmp_path)
+    fresh = Pair()
+    load_model(fresh, tmp_path / "model.safetensors")
+    load_qat(fresh, tmp_path)
+    assert fresh.vision.weight_fake_quantizer.config == LSQConfig(bits=8, group_size=32)
+    assert fresh.decoder.layers[0][0].weight_fake_quantizer.config == SMALL
+    assert fresh.load_state_dict(model.state_dict()) == ([], [])
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="model must have a quantised layer"):
+        save_qat(Pair(), tmp_path)
+    model = Pair()
+    prepare_qat(model, SMALL)
+    converted = convert(model, "reference")
+    with pytest.raises(ValueError, match=r"must still train .* got a converted IntxUnpackedToInt8Tensor \(decoder"):
+        save_qat(converted, tmp_path)
+    assert not any(tmp_path.iterdir())
+    model = Pair()
+    prepare_qat(model, SMALL)
+    save_qat(model, tmp_path)
+    with pytest.raises(FileExistsError, match=r"got model.safetensors, learned_scales.safetensors"):
+        save_qat(model, tmp_path)
+
+
+def test_a_model_that_does_not_fit_the_folder_is_refused_unchanged(tmp_path):
+    pair = Pair()
+    prepare_qat(pair, SMALL)
+    save_qat(pair, tmp_path)
+
+    def other():
+        model = Pair()
+        model.decoder.layers[1][1] = nn.Identity()
+        return model
+
+    def wider():
+        model = Pair()
+        model.decoder.layers[1][1] = nn.Linear(32, 64)
+        return model
+
+    def tied():
+        model = Pair()
+        model.decoder.layers[1][1].weight = model.vision.weight
+        return model
+
+    for make, match in [
+        (other, r"got none called 'decoder.layers.1.1'"),
+        (lambda: Pair().bfloat16(), r"trained in, torch.float32 .* got torch.bfloat16 \(decoder.layers.0.0\)"),
+        (wider, r"log_scale must have the shape \(64, 2\), got \(32, 2\) \(decoder.layers.1.1\)"),
+        (tied, "shared by vision.weight and decoder.layers.1.1.weight"),
+    ]:
+        model = make()
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=match):
+            load_qat(model, tmp_path)
+        assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_folder_without_scales_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="got no learned_scales.safetensors in"):
+        load_qat(Pair(), tmp_path)
+    (tmp_path / SCALES_FILE).write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="must be a file of learned scales, got SafetensorError"):
+        load_qat(Pair(), tmp_path)
+    for note in ({}, {"layers": "{"}, {"layers": json.dumps({"b": {}})}):
+        save_file({"a": torch.zeros(1)}, tmp_path / SCALES_FILE, metadata=note)
+        with pytest.raises(ValueError, match="must be a file of learned scales"):
+            load_qat(Pair(), tmp_path)

@@ -1,0 +1,112 @@
+"""gracekit quantize and gracekit export, on folders of tiny models."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import llava_batch, tiny_llava
+from transformers import LlavaForConditionalGeneration
+
+from gracekit.quant import LSQConfig, convert, prepare_qat, save_qat
+from gracekit.quant.int4 import read_weight
+from gracekit.recipe.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llava().save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    (tmp_path / "model" / "notes.md").write_text("not for engines")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def run(tmp_path):
+    model = tiny_llava(seed=1)
+    prepare_qat(model, LSQConfig(group_size=32, scale_dtype=torch.float16))
+    save_qat(model, tmp_path / "run")
+    return model, tmp_path / "run"
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("form", ["torchao", "torchao-reference", "compressed-tensors", "awq"])
+def test_a_plain_model_is_rounded_and_written_in_each_format(folder, tmp_path, form, capsys):
+    output = tmp_path / "out"
+    assert main(["quantize", str(folder), "--format", form, "--group-size", "32", "--output", str(output)]) == 0
+    assert "are quantised (layers: 21)" in capsys.readouterr().out
+    assert files(output) >= {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"}
+    assert not files(output) & {"notes.md", "learned_scales.safetensors"}
+    described = json.loads((output / "config.json").read_text())
+    method = described["quantization_config"]["quant_method"]
+    assert method == ("torchao" if form.startswith("torchao") else form)
+    assert described["architectures"] == ["LlavaForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("form", ["torchao", "torchao-reference"])
+def test_an_exported_run_has_the_codes_of_training(run, tmp_path, form):
+    model, trained = run
+    output = tmp_path / "out"
+    assert main(["export", str(trained), "--format", form, "--output", str(output)]) == 0
+    loaded = LlavaForConditionalGeneration.from_pretrained(output, dtype="auto")
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_fake_quantizer"):
+            held, written = read_weight(module), read_weight(loaded.get_submodule(name))
+            assert torch.equal(held.codes, written.codes)
+            assert torch.equal(held.scale.double(), written.scale.double())
+    if form == "torchao-reference":
+        batch = llava_batch(model)
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_codes_of_a_float32_run_survive_a_change_of_dtype(run, tmp_path):
+    model, trained = run
+    output = tmp_path / "out"
+    assert main(["export", str(trained), "--format", "awq", "--dtype", "float16", "--output", str(output)]) == 0
+    convert(model, "reference")
+    with safe_open(output / "model.safetensors", "pt") as file:
+        dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+        assert dtypes == {torch.int32, torch.float16}
+        some = next(name for name in file.keys() if name.endswith("q_proj.scales"))  # noqa: SIM118
+        layer = next(m for name, m in model.named_modules() if name.endswith(some.removesuffix(".scales")[-28:]))
+        assert torch.equal(file.get_tensor(some), layer.weight.scale.t())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["quantize", "{folder}", "--group-size", "48"], "group_size must divide in_features"),
+        (["quantize", "{folder}", "--bits", "9"], "bits must be at least 2 and at most 8, got bits=9"),
+        (["quantize", "{folder}", "--bits", "3", "--group-size", "32"], "needs bits=4 or bits=8, got bits=3"),
+        (["quantize", "{tmp}"], "got no config.json in"),
+        (["export", "{folder}"], "got no learned_scales.safetensors in"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_written(folder, tmp_path, arguments, match, capsys):
+    output = tmp_path / "out"
+    filled = [part.format(folder=folder, tmp=tmp_path) for part in arguments]
+    assert main([*filled, "--format", "torchao", "--output", str(output)]) == 2
+    assert match in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_folder_in_use_and_a_quantised_model_are_refused(folder, tmp_path, capsys):
+    command = ["quantize", str(folder), "--format", "torchao", "--group-size", "32", "--output"]
+    assert main([*command, str(folder)]) == 2
+    assert "output must be a new or empty folder" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "out")]) == 0
+    again = ["quantize", str(tmp_path / "out"), "--format", "awq", "--output", str(tmp_path / "again")]
+    assert main(again) == 2
+    assert "not quantised yet, got one of 'torchao'" in capsys.readouterr().err
+
+
+def test_a_folder_of_an_unknown_class_is_refused(folder, tmp_path, capsys):
+    described = json.loads((folder / "config.json").read_text()) | {"architectures": ["NoSuchModel"]}
+    (folder / "config.json").write_text(json.dumps(described))
+    assert main(["quantize", str(folder), "--format", "awq", "--output", str(tmp_path / "out")]) == 2
+    assert "under architectures, got ['NoSuchModel']" in capsys.readouterr().err

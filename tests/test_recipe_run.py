@@ -1,0 +1,149 @@
+"""The whole recipe in seconds: what it writes, that it goes on after a kill, and that it overwrites nothing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from recipe_cases import save_tiny_teacher, tiny_arguments
+
+from gracekit.recipe import cli
+from gracekit.recipe.data import load_easy_vqa
+
+VARIANTS = ["teacher"] + [f"{losses}-{kind}" for losses in ("ce", "grace") for kind in ("bf16", "int4-rtn", "int4-qat")]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "one"
+    assert cli.main(["recipe", *tiny_arguments(teacher, output)]) == 0
+    return output
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_name_every_variant_with_the_kernel_that_answered(finished):
+    results = read(finished)
+    assert [variant["name"] for variant in results["variants"]] == VARIANTS
+    for variant in results["variants"][1:]:
+        assert variant["losses"] in ("ce", "grace")
+        assert variant["seed"] == 0
+        assert variant["steps"] == 12
+        kernel = "torchao Int4OpaqueTensor (cpu)" if variant["precision"].startswith("int4") else "torch"
+        assert variant["kernel"] == kernel
+    assert results["environment"]["packages"]["torch"]
+    assert results["config"]["train"]["steps"] == 8
+    assert set(results["seconds"]) >= {"teacher", "ce-start", "grace-int4-qat", "grace-int4-qat-answers"}
+
+
+def test_accuracy_is_the_share_of_answers_that_match(finished):
+    questions = load_easy_vqa("test", 4).questions
+    for variant in read(finished)["variants"][1:]:
+        answers = json.loads((finished / "answers" / f"{variant['name']}.json").read_text())["answers"]
+        right = sum(answer == question.answer for answer, question in zip(answers, questions, strict=True))
+        assert variant["accuracy"] == right / len(questions)
+        assert variant["questions"] == len(questions)
+
+
+def test_the_report_shows_images_with_question_truth_and_int4_answer(finished):
+    page = (finished / "report.html").read_text()
+    questions = load_easy_vqa("test", 4).questions
+    answers = json.loads((finished / "answers" / "grace-int4-qat.json").read_text())["answers"]
+    assert page.count('src="data:image/png;base64,') == 3 + 4  # three plots, four test images
+    assert f"{questions[0].text}<br>true answer: <b>{questions[0].answer}</b>" in page
+    shown = re.search(r"grace-int4-qat: <span class=\"(right|wrong)\">([^<]*)<", page)
+    assert shown[2].removesuffix(" ✗") == (answers[0] or "(nothing)")
+    assert (shown[1] == "right") == (answers[0] == questions[0].answer)
+    for name in ("losses.png", "beta.png", "accuracy.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_left_alone(teacher, finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert cli.main(["recipe", *tiny_arguments(teacher, finished)]) == 0
+    assert "finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_other_settings_in_the_same_folder_are_an_error_that_names_them(teacher, finished, capsys):
+    assert cli.main(["recipe", *tiny_arguments(teacher, finished), "--seed", "3", "--tau", "0.5"]) == 2
+    message = capsys.readouterr().err
+    assert "run.seed: 0 -> 3" in message
+    assert "grace.tau: 1.0 -> 0.5" in message
+
+
+def test_a_folder_with_something_else_in_it_is_refused(teacher, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert cli.main(["recipe", *tiny_arguments(teacher, tmp_path)]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 2"),
+        (["--group_size", "48"], "group_size must be one of 32, 64"),
+        (["--losses", "grace", "hinge"], "losses must be one of"),
+        (["--losses", "ce", "ce"], "losses must name one or more, each once"),
+        (["--beta_initial", "9"], "beta_initial must be finite and in [0.1,"),
+        (["--ema_decay", "1"], "ema_decay must be below 1"),
+        (["--omega", "-1"], "omega must be finite and in"),
+        (["--learning_rate", "nan"], "learning_rate must be finite"),
+        (["--test_images", "1001"], "test_images must be at least 1 and at most 1000"),
+        (["--stepz", "3"], "stepz"),
+    ],
+)
+def test_a_bad_argument_ends_the_program_before_any_work(arguments, message, tmp_path, capsys):
+    with pytest.raises((SystemExit, ValueError)) as caught:
+        cli.main(["recipe", "--output", str(tmp_path / "new"), *arguments])
+    assert message in capsys.readouterr().err + str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_a_teacher_is_refused(tmp_path, capsys):
+    assert cli.main(["recipe", "--teacher", str(tmp_path), "--output", str(tmp_path / "new")]) == 2
+    assert "teacher must be a folder with a saved model" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_nothing_had_been(teacher, finished, tmp_path):
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "gracekit.recipe", *tiny_arguments(teacher, output)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
+        try:
+            limit = time.monotonic() + 120
+            while not list(output.glob("stages/grace-start/checkpoint-*/grace_controller.safetensors")):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < limit
+                time.sleep(0.005)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert not (output / "results.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    assert again.returncode == 0, again.stderr
+    assert "done already: ce-bf16, ce-int4-qat, ce-start" in again.stdout
+    accuracies = [[v["accuracy"] for v in read(folder)["variants"]] for folder in (output, finished)]
+    assert accuracies[0] == accuracies[1]
+    for name in VARIANTS[1:]:
+        assert (output / "answers" / f"{name}.json").read_text() == (finished / "answers" / f"{name}.json").read_text()
+
+
+def test_the_command_line_lists_its_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "recipe" in capsys.readouterr().out
+    assert cli.main(["nonsense"]) == 2

@@ -1,0 +1,167 @@
+"""GraceTrainer: its losses are the objective's, its controller goes with the optimiser, and a resumed stage is the same stage."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from recipe_cases import TINY, easy_vqa_tokenizer
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+
+from gracekit.quant import LSQConfig, prepare_qat
+from gracekit.recipe.config import GraceConfig
+from gracekit.recipe.data import PackedVqa, load_easy_vqa
+from gracekit.recipe.models import build_model, teacher_outputs
+from gracekit.recipe.stages import Stage, run_stage
+from gracekit.recipe.trainer import CONTROLLER_FILE, GraceTrainer, kl_divergence, latest_checkpoint
+from gracekit.vlm import VisualTokenTap
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return easy_vqa_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer):
+    split = load_easy_vqa("train", 10)
+    outputs = teacher_outputs(build_model(TINY, tokenizer, seed=9).eval(), split, tokenizer)
+    return PackedVqa(split, tokenizer, image_tokens=TINY.image_tokens, questions_per_image=4, teacher=outputs)
+
+
+def student(tokenizer, *, qat=False):
+    model = build_model(TINY, tokenizer, seed=1)
+    if qat:
+        prepare_qat(model, LSQConfig(group_size=32))
+    return model
+
+
+def stage(name="one", losses="grace", steps=8):
+    return Stage(
+        name=name, losses=losses, steps=steps, learning_rate=1e-3, schedule="linear", batch_size=4, warmup=0.1,
+        weight_decay=1e-3, seed=5,
+    )  # fmt: skip
+
+
+def trainer(tokenizer, data, folder, *, losses="grace", grace=None, **arguments):
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-3, **arguments}
+    return GraceTrainer(
+        losses=losses,
+        objective=(grace or GraceConfig()).objective(losses),
+        model=student(tokenizer, qat=True),
+        train_dataset=data,
+        data_collator=data.collate,
+        args=TrainingArguments(output_dir=str(folder), **options),
+    )
+
+
+def test_the_loss_is_the_objective_of_logits_and_visual_tokens(tokenizer, data, tmp_path):
+    one = trainer(tokenizer, data, tmp_path)
+    batch = data.collate([0, 3, 4])
+    found = one.compute_loss(one.model, batch)
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "pixel_values")}
+    with VisualTokenTap(one.model, layer=-2) as tap:
+        logits = one.model(**plain).logits[:, :-1]
+        tokens, lengths = tap.tokens(plain)
+    keep = batch["labels"][:, 1:] != -100
+    given = {"student_tokens": tokens, "teacher_tokens": batch["teacher_tokens"], "lengths": lengths}
+    expected = one.objective(logits[keep], batch["teacher_logits"], batch["labels"][:, 1:][keep], **given)
+    torch.testing.assert_close(found, expected.total)
+    assert expected.relational > 0
+    assert expected.gated_dkd > 0
+
+
+def test_cross_entropy_and_kl_are_means_over_the_supervised_tokens(tokenizer, data, tmp_path):
+    batch = data.collate([1, 2])
+    keep = batch["labels"][:, 1:] != -100
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "pixel_values")}
+    for losses in ("ce", "kl"):
+        one = trainer(tokenizer, data, tmp_path, losses=losses)
+        logits = one.model(**plain).logits[:, :-1][keep]
+        expected = F.cross_entropy(logits, batch["labels"][:, 1:][keep])
+        if losses == "kl":
+            expected = expected + kl_divergence(logits, batch["teacher_logits"], 2.0)
+        torch.testing.assert_close(one.compute_loss(one.model, batch), expected)
+
+
+def test_learned_scales_have_ten_times_the_rate_and_no_decay(tokenizer, data, tmp_path):
+    groups = trainer(tokenizer, data, tmp_path, weight_decay=0.1).create_optimizer().param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0), (1e-2, 0.0)]
+
+
+def test_gradient_accumulation_is_refused(tokenizer, data, tmp_path):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps must be 1"):
+        trainer(tokenizer, data, tmp_path, gradient_accumulation_steps=2)
+
+
+def test_beta_moves_once_a_step_and_its_log_says_where_to(tokenizer, data, tmp_path):
+    objective = GraceConfig(tau=0.0, eta=1e-6, ema_decay=0.0, beta_initial=0.5).objective("gdkd")
+    log = run_stage(stage(losses="gdkd"), student(tokenizer), data, objective, tmp_path, device=CPU)
+    assert [entry["step"] for entry in log] == [2, 4, 6, 8]
+    # Two steps an entry, each of eta * L_GDKD; the entry holds the mean L_GDKD of the two.
+    betas = [0.5] + [entry["beta"] for entry in log]
+    moved = [after - before for before, after in itertools.pairwise(betas)]
+    assert moved == pytest.approx([2e-6 * entry["gdkd"] for entry in log], rel=0.2)
+    assert all(entry["saturated_share"] == 0 for entry in log)
+
+
+def test_a_saturated_beta_warns_once(tokenizer, data, tmp_path):
+    objective = GraceConfig(tau=0.0, eta=1.0, beta_max=1.0).objective("gdkd")
+    with pytest.warns(UserWarning, match="beta has been on a bound") as caught:
+        log = run_stage(stage(losses="gdkd", steps=60), student(tokenizer), data, objective, tmp_path, device=CPU)
+    assert len([w for w in caught if "on a bound" in str(w.message)]) == 1
+    assert log[-1]["beta"] == 1.0
+    assert log[-1]["saturated_share"] > 0.9
+
+
+class CutError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("losses", "qat", "stop"), [("grace", True, 5), ("ce", False, 7)])
+def test_a_resumed_stage_ends_bit_for_bit_where_an_uninterrupted_one_does(tokenizer, data, tmp_path, losses, qat, stop):
+    def run(folder, report=lambda step, text: None):
+        model, objective = student(tokenizer, qat=qat), GraceConfig().objective(losses)
+        log = run_stage(stage(losses=losses), model, data, objective, folder, device=CPU, report=report)
+        return {**model.state_dict(), **objective.controller.state_dict()}, log
+
+    def interrupt(step, text):
+        if step == stop:
+            raise CutError
+
+    expected, log = run(tmp_path / "whole")
+    with pytest.raises(CutError):
+        run(tmp_path / "cut", interrupt)
+    steps = []
+    found, found_log = run(tmp_path / "cut", lambda step, text: steps.append(step))
+    assert steps[0] == 2 * ((stop - 1) // 2) + 1  # a checkpoint every 2 steps
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert [(e["step"], e["ce"]) for e in found_log] == [(e["step"], e["ce"]) for e in log]
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(tokenizer, data, tmp_path):
+    for step, whole in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if whole:
+            (tmp_path / f"checkpoint-{step}" / CONTROLLER_FILE).touch()
+    assert latest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_finished_stage_is_loaded_and_not_trained(tokenizer, data, tmp_path):
+    objective = GraceConfig().objective("grace")
+    model = student(tokenizer)
+    run_stage(stage(steps=2), model, data, objective, tmp_path, device=CPU)
+    again, other = student(tokenizer), GraceConfig().objective("grace")
+    before = copy.deepcopy(again.state_dict())
+    run_stage(stage(steps=2), again, data, other, tmp_path, device=CPU, report=lambda *_: pytest.fail("trained again"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in again.state_dict().items())
+    assert torch.equal(other.controller.multiplier, objective.controller.multiplier)
+    assert not list((tmp_path / "one").glob("checkpoint-*"))
+    assert set(load_file(tmp_path / "one" / CONTROLLER_FILE)) == {"multiplier", "ema", "skipped", "saturated_steps"}

@@ -1,0 +1,174 @@
+"""The Triton kernels of the fake quantiser against the plain formula: on a GPU where there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quant_cases import kinds, weights
+from strategies import normal, seeds
+
+from gracekit.quant import lsq_fake_quantize
+from gracekit.quant.scheme import (
+    code_range,
+    deployed_scale,
+    float_codes,
+    in_groups,
+    quotients,
+    search_scale,
+    times_scale,
+)
+
+pytest.importorskip("triton")
+from gracekit.quant import _triton_lsq
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+INTEGERS = {2: torch.int16, 4: torch.int32}
+widths = st.integers(2, 8)
+halves = [torch.bfloat16, torch.float16]
+dtypes = st.sampled_from([*halves, torch.float32])
+# The interpreter rounds to bfloat16 wrongly, so values in it are compared on a GPU alone.
+written = st.sampled_from([*halves, torch.float32] if CUDA else [torch.float16, torch.float32])
+# Groups of one number, of no power of two, and of more than a tile.
+groups = st.sampled_from([(3, 1), (5, 12), (40, 128), (2, 5000)])
+
+
+def drawn(seed, kind, dtype, scale_dtype, bits, sizes):
+    """A weight with two groups a row, and its rounded scales."""
+    count, group_size = sizes
+    weight = weights(kind, seed, count, 2 * group_size, dtype, group_size)
+    log_scale = search_scale(weight, bits, group_size).clamp_min(2.0**-120).log()
+    log_scale += normal(seed + 1, *log_scale.shape, dtype=torch.float32, scale=0.3)
+    return weight.to(DEVICE), deployed_scale(log_scale, scale_dtype).to(DEVICE)
+
+
+def formula_gradients(grad, weight, scale, bits):
+    """The plain formula, written once more so that it computes on any device."""
+    ratio, (low, high) = quotients(weight, scale), code_range(bits)
+    inside = (ratio.round() >= low) & (ratio.round() <= high)
+    grads = in_groups(grad.float(), ratio.shape[-1])
+    slope = ratio.round().clamp(low, high) - ratio.masked_fill(~inside, 0)
+    return (grads * inside).flatten(-2).to(weight.dtype), (slope * grads).double().sum(-1) * scale.double()
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    whole = INTEGERS[expected.dtype.itemsize]
+    same = (actual.view(whole) == expected.view(whole)) | (actual.isnan() & expected.isnan())
+    assert bool(same.all()), (actual[~same][:5], expected[~same][:5])
+
+
+def assert_values_of_the_formula(weight, scale, bits):
+    expected = times_scale(float_codes(weight, scale, bits), scale, weight.dtype)
+    assert_same_bits(_triton_lsq.forward(weight, scale, bits), expected)
+
+
+@settings(max_examples=30)
+@given(seeds, kinds, written, dtypes, widths, groups)
+def test_values_are_those_of_the_formula_bit_for_bit(seed, kind, dtype, scale_dtype, bits, sizes):
+    weight, scale = drawn(seed, kind, dtype, scale_dtype, bits, sizes)
+    assert_values_of_the_formula(weight, scale, bits)
+
+
+@settings(max_examples=30)
+@given(seeds, kinds, dtypes, dtypes, widths, groups)
+def test_gradients_are_those_of_the_formula(seed, kind, dtype, scale_dtype, bits, sizes):
+    weight, scale = drawn(seed, kind, dtype, scale_dtype, bits, sizes)
+    grad = normal(seed + 2, *weight.shape, dtype=dtype).to(DEVICE)
+    both = _triton_lsq.backward(grad, weight, scale, bits, needs_weight=True, needs_scale=True)
+    expected_weight, expected_scale = formula_gradients(grad, weight, scale, bits)
+    assert torch.equal(both[0], expected_weight)
+    # Sums of up to 5,000 float32 numbers in another order.
+    atol = 1e-5 * float(expected_scale.abs().max()) + 1e-36
+    torch.testing.assert_close(both[1].double(), expected_scale, rtol=1e-4, atol=atol)
+
+    alone = _triton_lsq.backward(grad, weight, scale, bits, needs_weight=True, needs_scale=False)
+    assert torch.equal(alone[0], both[0])
+    assert alone[1].numel() == 0
+    alone = _triton_lsq.backward(grad, weight, scale, bits, needs_weight=False, needs_scale=True)
+    assert torch.equal(alone[1], both[1])
+    assert alone[0].numel() == 0
+
+
+def every(dtype, least):
+    """All finite numbers of a half dtype from ``least`` on."""
+    numbers = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16).view(dtype)
+    return numbers[numbers.isfinite() & (numbers.float() >= least)]
+
+
+@pytest.mark.parametrize("scale_dtype", halves)
+@pytest.mark.parametrize("dtype", halves)
+def test_codes_of_all_halves_are_those_of_the_division(dtype, scale_dtype):
+    # On a GPU every weight meets every scale; the interpreter, which is slow, takes the scales of the ties near 1 alone.
+    weight = every(dtype, -torch.inf)
+    scales = every(scale_dtype, 2.0**-24 if scale_dtype == torch.float16 else 2.0**-126)
+    for part in scales.split(1024) if CUDA else [scales[(scales >= 1) & (scales < 2)][::37]]:
+        tiled = weight.repeat(len(part), 1)
+        if CUDA or dtype == torch.float16:
+            assert_values_of_the_formula(tiled, part[:, None], 8)
+        inside, _ = _triton_lsq.backward(
+            torch.ones_like(tiled), tiled, part[:, None], 8, needs_weight=True, needs_scale=False
+        )
+        codes = quotients(tiled, part[:, None]).flatten(-2).round_()
+        assert torch.equal(inside, ((codes >= -128) & (codes <= 127)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_not_a_number_stays_so_and_infinity_is_clipped(dtype):
+    weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, -0.0]], dtype=dtype, device=DEVICE)
+    scale = torch.full((1, 1), 0.5, dtype=torch.bfloat16, device=DEVICE)
+    assert_same_bits(
+        _triton_lsq.forward(weight, scale, 4), torch.tensor([[torch.nan, 3.5, -4.0, -0.0]], dtype=dtype, device=DEVICE)
+    )
+    grad = torch.ones_like(weight)
+    grad_weight, grad_log_scale = _triton_lsq.backward(grad, weight, scale, 4, needs_weight=True, needs_scale=True)
+    assert grad_weight.tolist() == [[0.0, 0.0, 0.0, 1.0]]
+    assert bool(grad_log_scale.isnan())
+    scale.fill_(torch.nan)
+    assert bool(_triton_lsq.forward(weight, scale, 4).isnan().all())
+
+
+def test_any_strides_give_the_same_and_no_elements_give_none():
+    weight, scale = drawn(0, "normal", torch.float32, torch.bfloat16, 4, (5, 12))
+    grad = normal(3, *weight.shape, dtype=torch.float32).to(DEVICE)
+    strided = [tensor.t().contiguous().t() for tensor in (weight, scale, grad)]
+    assert torch.equal(_triton_lsq.forward(*strided[:2], 4), _triton_lsq.forward(weight, scale, 4))
+    for a, b in zip(
+        _triton_lsq.backward(strided[2], *strided[:2], 4, needs_weight=True, needs_scale=True),
+        _triton_lsq.backward(grad, weight, scale, 4, needs_weight=True, needs_scale=True),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    assert _triton_lsq.forward(weight[:0], scale[:0], 4).shape == (0, 24)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*halves, torch.float32, torch.float64])
+def test_cuda_tensors_are_computed_by_the_kernels_except_float64(dtype, monkeypatch):
+    called = []
+    for name in ("forward", "backward"):
+        real = getattr(_triton_lsq, name)
+        monkeypatch.setattr(
+            _triton_lsq, name, lambda *args, real=real, name=name, **kw: called.append(name) or real(*args, **kw)
+        )
+    weight = normal(0, 4, 32, dtype=dtype).cuda().requires_grad_()
+    log_scale = torch.full((4, 2), -2.0, device="cuda", requires_grad=True)
+    lsq_fake_quantize(weight, log_scale, group_size=16).sum().backward()
+    assert called == ([] if dtype == torch.float64 else ["forward", "backward"])
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.gpu
+def test_nothing_of_float32_is_made_beside_half_weights():
+    weight = normal(0, 1024, 4096, dtype=torch.bfloat16).cuda().requires_grad_()
+    log_scale = torch.full((1024, 32), -2.0, device="cuda", requires_grad=True)
+    grad = torch.ones_like(weight)
+    lsq_fake_quantize(weight, log_scale).backward(grad)  # Compiled and warm.
+    weight.grad = log_scale.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    values = lsq_fake_quantize(weight, log_scale)
+    values.backward(grad)
+    # W_q and dW, both of two bytes a weight; scales and their gradient are a sixty-fourth of that.
+    assert torch.cuda.max_memory_allocated() - before <= 1.05 * (2 * weight.numel() * 2)
