@@ -1,0 +1,192 @@
+"""Tables and plots of the documentation, made from the newest result files of benchmarks/results at every build.
+
+`python docs/_results.py` also writes README's table of the recipe anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+GENERATED = Path(__file__).parent / "_generated"
+START, END = "<!-- recipe table: python docs/_results.py -->\n", "<!-- end -->\n"
+
+
+def newest(benchmark: str, device: str) -> dict | None:
+    """The latest result of a benchmark on a device whose name contains ``device``."""
+    found = sorted(RESULTS.glob(f"{benchmark}-*{device}*-????-??-??.json"), key=lambda path: path.stem[-10:])
+    return json.loads(found[-1].read_text()) if found else None
+
+
+def machine(result: dict) -> str:
+    """One line on where and when a result was measured."""
+    about = result["environment"]
+    name = about["machine"].get("gpu") or f"{about['machine']['processor']}, {about['machine']['threads']} threads"
+    versions = ", ".join(
+        f"{package} {version}" for package, version in about["versions"].items() if package != "gracekit"
+    )
+    return f"{name}; {about['date']}; Python {about['python']}, {versions}"
+
+
+def write_table(name: str, rows: list[dict], columns: dict[str, str]) -> None:
+    """A CSV file with a header; missing cells stay empty."""
+    with open(GENERATED / f"{name}.csv", "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(columns.values())
+        for row in rows:
+            out.writerow([row.get(key, row.get("failed", "") if key == "median_ms" else "") for key in columns])
+
+
+TIMES = {
+    "variant": "Variant",
+    "median_ms": "Median ms",
+    "min_ms": "Least",
+    "max_ms": "Greatest",
+    "peak_mib": "Peak MiB",
+}
+
+
+def losses(device: str) -> None:
+    """The three benchmarks of the losses on one kind of machine."""
+    for benchmark, extra in {
+        "gated_dkd": {
+            "times_faster_than_paper": "Times faster than the paper's formula",
+            "times_traffic_limit": "Times the traffic limit",
+        },
+        "linear_gated_dkd": {"N": "N", "times_bare_products": "Times the bare products"},
+        "relational_cka": {
+            "images": "Images",
+            "longest": "Longest",
+            "times_faster_than_paper": "Times faster than the paper's loop",
+        },
+    }.items():
+        result = newest(benchmark, device)
+        if result is None:
+            continue
+        write_table(f"{benchmark}-{device}", result["rows"], TIMES | extra)
+        (GENERATED / f"{benchmark}-{device}.txt").write_text(machine(result) + "\n")
+        if result.get("curves"):
+            plot_curves(result, device)
+            points = [row for row in result["rows"] + result["curves"] if row["variant"] == "gracekit triton"]
+            columns = {"N": "N", "V": "V", "median_ms": "Median ms"} | extra
+            write_table(f"{benchmark}-curves-{device}", points, columns)
+
+
+def qat_linear(device: str) -> None:
+    """What a layer in training costs, and what it learns."""
+    result = newest("qat_linear", device)
+    if result is None:
+        return
+    (GENERATED / f"qat_linear-{device}.txt").write_text(machine(result) + "\n")
+    more = {"times_plain": "Times plain", "bytes_per_weight_beyond_plain": "Bytes a weight beyond plain"}
+    write_table(f"qat_linear-{device}", result["cost"], TIMES | more)
+    if result["learning"]:
+        columns = {"variant": "Variant", "bits": "Bits", "error": "Error", "least": "Least", "greatest": "Greatest"}
+        write_table(f"qat_learning-{device}", result["learning"], columns | {"scale_rate": "Rate of the scales"})
+
+
+def plot_curves(result: dict, device: str) -> None:
+    """Time of gated_dkd over N and over V, beside the limit by memory traffic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = result["rows"] + result["curves"]
+    width = result["rows"][0]["V"]
+    count = result["rows"][0]["N"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, over, fixed in ((axes[0], "N", ("V", width)), (axes[1], "V", ("N", count))):
+        chosen = [row for row in rows if row[fixed[0]] == fixed[1]]
+        for variant in ("paper", "gracekit triton"):
+            points = sorted((row[over], row["median_ms"]) for row in chosen if row["variant"] == variant)
+            axis.plot(*zip(*points, strict=True), marker="o", label=variant)
+        limits = sorted({(row[over], row["traffic_limit_ms"]) for row in chosen})
+        axis.plot(*zip(*limits, strict=True), linestyle="--", color="grey", label="limit by traffic")
+        axis.set(
+            xlabel=f"{over}  ({fixed[0]} = {fixed[1]:,})", ylabel="ms, forward and backward", xscale="log", yscale="log"
+        )
+        axis.legend()
+    figure.savefig(GENERATED / f"gated_dkd-{device}.png", dpi=150)
+    plt.close(figure)
+
+
+VARIANTS = {
+    "ce-bf16": "CE, BF16",
+    "ce-int4-rtn": "CE, INT4 RTN",
+    "ce-int4-qat": "CE, INT4 QAT",
+    "grace-bf16": "GRACE, BF16",
+    "grace-int4-rtn": "GRACE, INT4 RTN",
+    "grace-int4-qat": "GRACE, INT4 QAT",
+}
+
+
+def recipe_table() -> tuple[list[list[str]], str]:
+    """Rows (header first) of accuracy by variant and seed, and one line on how they were made."""
+    newest_of_seed = {}
+    for path in sorted(RESULTS.glob("recipe-seed*-????-??-??.json"), key=lambda path: path.stem[-10:]):
+        run = json.loads(path.read_text())
+        newest_of_seed[run["config"]["run"]["seed"]] = run
+    runs = [newest_of_seed[seed] for seed in sorted(newest_of_seed)]
+    rows = [["Student", *(f"Seed {seed}" for seed in sorted(newest_of_seed)), "Mean"]]
+    for name, label in VARIANTS.items():
+        found = [100 * variant["accuracy"] for run in runs for variant in run["variants"] if variant["name"] == name]
+        rows.append([label, *(f"{value:.2f}" for value in found), f"{sum(found) / len(found):.2f}"])
+    about = runs[0]["environment"]
+    teacher = next(variant for variant in runs[0]["variants"] if variant["name"] == "teacher")
+    minutes = ", ".join(f"{sum(run['seconds'].values()) / 60:.1f} ({run['environment']['threads']})" for run in runs)
+    packages = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "torchao", "transformers"))
+    note = (
+        f"Teacher: {100 * teacher['accuracy']:.2f} %. {about['processor']}, {about['cpu_count']} cores; "
+        f"minutes a run (threads): {minutes}; {packages}."
+    )
+    return rows, note
+
+
+def recipe() -> None:
+    """The recipe's table, and what is known of its teacher."""
+    rows, note = recipe_table()
+    with open(GENERATED / "recipe.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    (GENERATED / "recipe.txt").write_text(note + "\n")
+    training = json.loads((ROOT / "src/gracekit/recipe/assets/teacher/training.json").read_text())
+    (GENERATED / "teacher.txt").write_text(
+        f"{training['parameters']:,} parameters, {training['config']['steps']:,} steps, "
+        f"{100 * training['accuracy']:.2f} % of {training['questions']:,} test questions.\n"
+    )
+
+
+def readme() -> str:
+    """README with the recipe's table as the result files have it."""
+    rows, note = recipe_table()
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    before, rest = (ROOT / "README.md").read_text().split(START)
+    return (
+        before
+        + START
+        + "\nTest accuracy in per cent:\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + note
+        + "\n"
+        + END
+        + rest.split(END)[1]
+    )
+
+
+def build(*_: object) -> None:
+    """Make everything the pages include."""
+    GENERATED.mkdir(exist_ok=True)
+    recipe()
+    for device in ("nvidia-h200", "cpu"):
+        losses(device)
+        qat_linear(device)
+
+
+if __name__ == "__main__":
+    build()
+    (ROOT / "README.md").write_text(readme())
