@@ -1,11 +1,10 @@
 """FSDP2 on two processes of one CPU."""
 
-import socket
+import functools
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from strategies import normal
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,9 +36,8 @@ def build():
     return model
 
 
-def on_a_rank(rank, port, part, expected):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+def on_a_rank(rank, world, part, expected):
+    mesh = init_device_mesh("cpu", (world,))
     model = fully_shard_qat(build(), mesh=mesh)
     model(part[rank]).square().mean().backward()
     for name, parameter in model.named_parameters():
@@ -61,7 +59,6 @@ def on_a_rank(rank, port, part, expected):
     plain = build().layers[0][0]
     held = lsq_fake_quantize(plain.weight.bfloat16(), plain.weight_fake_quantizer.log_scale, group_size=16)
     assert torch.equal(values, held)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -70,10 +67,7 @@ def test_sharded_gradients_equal_those_of_one_process_and_scales_stay_float32():
     model = build()
     model(part.flatten(0, 1)).square().mean().backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(on_a_rank, (port, part, expected), nprocs=2)
+    run_ranks(functools.partial(on_a_rank, part=part, expected=expected))
 
 
 def test_a_model_without_scales_or_without_blocks_is_refused():
