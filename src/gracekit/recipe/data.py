@@ -149,12 +149,12 @@ class PackedVqa(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         return index
 
-    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def collate(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return the batch of these examples, cut to its longest one."""
         rows = torch.as_tensor(indices)
         length = int(self.lengths[rows].max())
         image = self.image_index[rows]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self.input_ids[rows, :length],
             "labels": self.labels[rows, :length],
             "position_ids": self.position_ids[rows, :length],
@@ -165,6 +165,7 @@ class PackedVqa(Dataset[int]):
             tokens = self.supervised[rows]
             batch["teacher_logits"] = self.teacher.logits[tokens[tokens >= 0]].float()
             batch["teacher_tokens"] = self.teacher.visual_tokens[image].flatten(0, 1).float()
+            batch["teacher_lengths"] = [self.teacher.visual_tokens.shape[1]] * len(image)
         return batch
 
 

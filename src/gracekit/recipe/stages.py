@@ -17,8 +17,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from gracekit.objective import GraceObjective
+from gracekit.recipe.callbacks import CONTROLLER_FILE, StepCallback, latest_checkpoint
 from gracekit.recipe.data import PackedVqa
-from gracekit.recipe.trainer import CONTROLLER_FILE, GraceTrainer, StepCallback, latest_checkpoint
+from gracekit.recipe.trainer import GraceTrainer
 
 CHECKPOINTS = 4
 

@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from gracekit._checks import check_choice, check_int, check_real
 from gracekit.objective import GraceObjective
@@ -53,7 +52,7 @@ class TeacherConfig:
 class MirroredVqa(PackedVqa):
     """Packed examples, each image mirrored with probability 1/2: every answer stays true."""
 
-    def collate(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def collate(self, indices: Sequence[int]) -> dict[str, Any]:
         """Return a batch."""
         batch = super().collate(indices)
         mirrored = torch.rand(len(indices)) < 0.5

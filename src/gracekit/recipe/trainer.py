@@ -1,99 +1,166 @@
-"""The method inside transformers' Trainer: its losses, its parameter groups, and its controller once an optimiser step."""
+"""The method inside transformers' Trainer: its losses, its parameter groups, and its controller once an optimiser step.
+
+The losses are those of the whole optimiser step: gates, tokens and images are counted over all of its micro-batches and ranks
+before the first of them runs, so k micro-batches on r ranks give the gradient of one batch. The teacher answers for all
+micro-batches during that count.
+"""
 
 # B batch, S sequence length, T supervised tokens, V vocabulary
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from gracekit._checks import check_choice
+from gracekit._checks import check_choice, check_int
+from gracekit._distributed import world_size
 from gracekit.losses import shift_labels
 from gracekit.objective import GraceObjective
-from gracekit.quant import qat_parameter_groups
+from gracekit.quant import fully_shard_qat, qat_parameter_groups
 from gracekit.quant.lsq import LSQFakeQuantizer
+from gracekit.recipe.callbacks import ControllerCallback, TauCalibration
 from gracekit.recipe.config import LOSSES
-from gracekit.recipe.data import IGNORE_INDEX
-from gracekit.vlm import VisualTokenTap
+from gracekit.recipe.distillation import (
+    ROWS,
+    Reader,
+    Share,
+    Teacher,
+    TeacherSignal,
+    counts_of,
+    global_counts,
+    head_weight,
+    losses_of,
+    supervised_rows,
+)
+from gracekit.recipe.meters import Meters
 
-CONTROLLER_FILE = "grace_controller.safetensors"
+_SHARE = "grace_share"
 
 
 class GraceTrainer(Trainer):  # type: ignore[misc]
     """Train a vision-language model with GRACE's losses.
 
-    A batch holds ``labels`` (B, S) and, unless ``losses`` is "ce", ``teacher_logits`` (T, V) for its supervised tokens in the
-    order in which they stand; for "grace" also ``teacher_tokens``, the teacher's visual tokens packed image after image.
+    A batch is what the student takes, with ``labels`` (B, S). Unless ``losses`` is "ce" the teacher's side comes from ``teacher``,
+    or with the batch: ``teacher_logits`` (T, V), or ``teacher_hidden`` (T, d) for the head in ``teacher_head``, for its
+    supervised tokens in the order in which they stand; for "rcka" and "grace" also ``teacher_tokens``, the teacher's visual tokens
+    packed image after image, and ``teacher_lengths``, a list of how many each image has.
+
+    Gradient accumulation and data-parallel ranks (DDP, and FSDP2 where accelerate offers it) change nothing about the loss: it is
+    that of the global batch.
 
     Args:
-        losses: "ce", "kl" (plus a plain KL divergence to the teacher), "gdkd" or "grace".
-        objective: weights, gate and controller of "gdkd" and "grace"; its controller is stepped once an optimiser step and is part
+        losses: "ce", "kl" (plus a plain KL divergence to the teacher), "gdkd", "rcka" (plus the relational part alone) or
+            "grace".
+        objective: weights, gate and controller of the method; its controller is stepped once an optimiser step and is part
             of every checkpoint.
+        teacher: a :class:`~gracekit.recipe.distillation.Teacher`, or None where batches hold its answers.
+        teacher_head: (V, d), for batches with ``teacher_hidden``.
+        from_hidden: compute the losses from hidden states and output heads, so that no logits are kept. Both heads must be plain
+            products.
+        relational_warmup: optimiser steps over which the relational part's weight rises from 0.
+        calibration: finds tau from the first steps; None: the controller's target stands.
         **kwargs: as transformers' Trainer takes them.
 
     Raises:
-        ValueError: unknown losses, or gradient accumulation, under which the normalisers would be those of the parts.
+        ValueError: unknown losses, or several GPUs without a process for each.
     """
 
-    def __init__(self, *, losses: str, objective: GraceObjective, **kwargs: Any) -> None:
+    loss_is_scaled_for_ga = True  # transformers: nothing is to be divided by the number of micro-batches
+
+    def __init__(
+        self,
+        *,
+        losses: str,
+        objective: GraceObjective,
+        teacher: Teacher | None = None,
+        teacher_head: Tensor | None = None,
+        from_hidden: bool = False,
+        relational_warmup: int = 0,
+        calibration: TauCalibration | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_choice("losses", losses, LOSSES)
+        check_int("relational_warmup", relational_warmup, low=0)
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(**kwargs)
-        if self.args.gradient_accumulation_steps != 1:
+        if self.args.n_gpu > 1:
             raise ValueError(
-                "gradient_accumulation_steps must be 1, because the gate's sum is that of the whole batch, "
-                f"got {self.args.gradient_accumulation_steps}"
+                "each GPU must have a process of its own (start with torchrun or accelerate launch), "
+                f"got {self.args.n_gpu} GPUs in one"
             )
+        # Before transformers 5.23 this is what keeps it from dividing by the number of micro-batches.
+        self.model_accepts_loss_kwargs = True
         self.losses, self.objective = losses, objective.to(self.args.device)
-        self.tap = VisualTokenTap(self.model) if losses == "grace" else None
-        self._sums: dict[str, Tensor] = {}
-        self._calls = 0
-        self.latest: tuple[Tensor, Tensor] | None = None
+        self.teacher, self.teacher_head = teacher, teacher_head
+        self.from_hidden = from_hidden
+        self.reader = Reader(self.model, from_hidden=from_hidden, visual=losses in ("rcka", "grace"))
+        self.meters = Meters(self.args.device)
+        self.data_collator: Any = RowsCollator(self.data_collator)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(ControllerCallback(self))
+        self.add_callback(ControllerCallback(self, relational_warmup=relational_warmup, calibration=calibration))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._prepare_inputs(batch) for batch in batches]
+        signals = [self._signal(batch) for batch in batches]
+        with torch.no_grad():
+            parts = [
+                counts_of(signal, _targets(batch), self.objective)
+                for signal, batch in zip(signals, batches, strict=True)
+            ]
+        if parts:
+            counts = global_counts(parts)
+            batches = [
+                batch | {_SHARE: Share(signal=signal, counts=counts)}
+                for batch, signal in zip(batches, signals, strict=True)
+            ]
+        return batches, items
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the loss of one batch; its parts are kept for the log and the controller."""
+        """Return the loss of one micro-batch, as its part of the optimiser step; its parts are kept for log and controller.
+
+        A batch that comes without the counts of its step is the whole batch.
+        """
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        teacher_logits, teacher_tokens = inputs.pop("teacher_logits", None), inputs.pop("teacher_tokens", None)
-        with self.tap or nullcontext() as tap:
-            outputs = model(**inputs, use_cache=False)
-            tokens, lengths = tap.tokens(inputs) if tap else (None, None)
-        if self.losses == "ce":
-            loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), shift_labels(labels).flatten())
-            parts = {"ce": loss}
-        else:
-            student_logits, targets = supervised(outputs.logits, labels, count=len(teacher_logits))
-            if self.losses == "kl":
-                cross_entropy = F.cross_entropy(student_logits.float(), targets)
-                divergence = kl_divergence(
-                    student_logits, teacher_logits, self.objective.distillation.config.temperature
-                )
-                loss, parts = cross_entropy + divergence, {"ce": cross_entropy, "kl": divergence}
-            else:
-                given = {"student_tokens": tokens, "teacher_tokens": teacher_tokens, "lengths": lengths} if tap else {}
-                result = self.objective(student_logits, teacher_logits, targets, **given)
-                loss = result.total
-                parts = {"ce": result.cross_entropy, "gdkd": result.gated_dkd, "rcka": result.relational}
-                self.latest = (result.gated_dkd, result.gate_sum)
-        for name, value in parts.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value.detach())) + value.detach()
-        self._calls += 1
+        share = inputs.pop(_SHARE, None)
+        if share is None:
+            share = Share(signal=self._signal(inputs), counts={})
+        labels, rows = inputs.pop("labels"), inputs.pop(ROWS, None)
+        rows = supervised_rows(labels) if rows is None else rows
+        seen, outputs = self.reader(model, inputs, rows)
+        head = head_weight(self.model) if self.from_hidden else None
+        found = losses_of(self.losses, seen, head, shift_labels(labels).flatten()[rows], share, self.objective)
+        if model.training:
+            self.meters.add(found.parts, found.gate_sum, len(rows), inputs.get("attention_mask", labels))
+            if seen.tokens is not None and seen.tapped is not None:
+                self.meters.watch(seen.tokens, seen.tapped)
+        # DDP and FSDP take the mean over ranks, and these are parts of a sum.
+        loss = found.total * world_size() if share.counts else found.total
         return (loss, outputs) if return_outputs else loss
+
+    def _signal(self, batch: dict[str, Any]) -> TeacherSignal | None:
+        given = {name: batch.pop(f"teacher_{name}", None) for name in ("logits", "hidden", "tokens", "lengths")}
+        if self.losses == "ce":
+            return None
+        if given["logits"] is not None or given["hidden"] is not None:
+            head = self.teacher_head if given["hidden"] is not None else None
+            return TeacherSignal(**given, head=head)
+        if self.teacher is None:
+            raise ValueError(
+                f"losses={self.losses!r} needs a teacher, or teacher_logits or teacher_hidden in the batch, "
+                f"got a batch with {sorted(batch)}"
+            )
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", ROWS)}
+        return self.teacher(inputs, batch[ROWS] if ROWS in batch else supervised_rows(batch["labels"]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return AdamW over weights, vectors without decay, and learned scales at ten times the rate."""
@@ -111,6 +178,16 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
             self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon, fused=True)
         return self.optimizer
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Shard a prepared model the one way that keeps its scales in float32, before accelerate would do it otherwise."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        learned = any(isinstance(module, LSQFakeQuantizer) for module in self.model.modules())
+        if plugin is not None and learned and not isinstance(self.model, FSDPModule):
+            if getattr(plugin, "fsdp_version", 1) != 2:
+                raise ValueError("a model with learned scales needs FSDP2 (fsdp_version: 2), got FSDP1")
+            fully_shard_qat(self.model, mp_policy=plugin.mixed_precision_policy)
+        return super()._prepare_for_training(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save a checkpoint whose weights have the model's own names.
 
@@ -123,93 +200,24 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
             self.model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss since the last entry, and what the controller does."""
-        if self._calls and "loss" in logs:
-            logs |= {name: value.item() / self._calls for name, value in self._sums.items()}
-            self._sums, self._calls = {}, 0
-            if self.latest is not None:
-                controller = self.objective.controller
-                logs |= {"beta": controller.multiplier.item(), "ema": controller.ema.item()}
-                logs["saturated_share"] = controller.saturated_steps.item() / max(1, self.state.global_step)
+        """Add the mean of each loss since the last entry, and what the controller and the learned scales do."""
+        if "loss" in logs:
+            logs |= self.meters.read(self)
         super().log(logs, *args, **kwargs)
 
 
-class ControllerCallback(TrainerCallback):  # type: ignore[misc]
-    """Steps a trainer's controller with the optimiser, and keeps its state with the checkpoints.
+class RowsCollator:
+    """A collator whose batches also say where supervised tokens are, so that the device is not asked."""
 
-    The state file is the last thing written into a checkpoint, and is moved into place at once: a checkpoint that holds it is
-    whole.
-    """
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
+        self.collate = collate
 
-    def __init__(self, trainer: GraceTrainer) -> None:
-        self.trainer = trainer
-        self.warned = False
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take up the controller where the checkpoint left it."""
-        if state.global_step:
-            saved = load_file(Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROLLER_FILE)
-            self.trainer.objective.controller.load_state_dict(saved)
-
-    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take one step of projected dual ascent."""
-        if self.trainer.latest is not None:
-            self.trainer.objective.controller.step(*self.trainer.latest)
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Warn once when the multiplier has come to rest on a bound."""
-        controller = self.trainer.objective.controller
-        if self.warned or self.trainer.latest is None or controller.lr == 0:
-            return
-        beta, bounds = controller.multiplier.item(), controller.bounds
-        if controller.saturated_steps.item() > max(20, state.max_steps // 10):
-            self.warned = True
-            side = "floor" if abs(beta - bounds[0]) < abs(beta - bounds[1]) else "ceiling"
-            warnings.warn(
-                f"beta has been on a bound for {controller.saturated_steps.item()} steps (now {beta:.3g}, {side}): "
-                f"L_GDKD is at {controller.ema.item():.3g} and tau={controller.target:g}, so the controller is a constant",
-                stacklevel=2,
-            )
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the controller's state beside the model's."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        tensors = {name: value.cpu().clone() for name, value in self.trainer.objective.controller.state_dict().items()}
-        save_file(tensors, folder / f"{CONTROLLER_FILE}.part")
-        os.replace(folder / f"{CONTROLLER_FILE}.part", folder / CONTROLLER_FILE)
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
+        """Return the batch."""
+        batch = dict(self.collate(examples))
+        return batch | {ROWS: supervised_rows(batch["labels"])}
 
 
-class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells a progress bar how many steps are done, and the latest loss."""
-
-    def __init__(self, report: Callable[[int, str], None]) -> None:
-        self.report, self.text = report, ""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Keep the losses to show."""
-        shown = {name: (logs or {}).get(name) for name in ("ce", "kl", "gdkd", "rcka", "beta")}
-        self.text = " ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None) or self.text
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report."""
-        self.report(state.global_step, self.text)
-
-
-def supervised(logits: Tensor, labels: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """Return logits (T, V) and targets (T,) of the supervised tokens, T = ``count``, in order; without a host sync."""
-    targets = shift_labels(labels).flatten()
-    rows = torch.nonzero_static(targets != IGNORE_INDEX, size=count).squeeze(1)
-    return logits.flatten(0, 1)[rows], targets[rows]
-
-
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return T^2 * KL(teacher, student) at a temperature, the mean over tokens: distillation without gate or decoupling."""
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a stage, or None."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{CONTROLLER_FILE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def _targets(batch: dict[str, Any]) -> Tensor:
+    targets: Tensor = shift_labels(batch["labels"]).flatten()
+    return targets[batch[ROWS] if ROWS in batch else supervised_rows(batch["labels"])]

@@ -100,12 +100,7 @@ class VisualTokenTap(HookContext):
         input_ids = batch.get("input_ids")
         if not isinstance(input_ids, Tensor):
             raise ValueError(f"batch must have a tensor input_ids, got keys {sorted(map(str, batch))}")
-        if self._capture is None:
-            raise RuntimeError(
-                "no forward of the model was seen since the tap was entered or its tokens were last taken; run the model "
-                "inside the with block, once per tokens(), and enter the tap before torch.compile first runs the model"
-            )
-        hidden, recorded = self._capture
+        hidden, recorded = self._latest()
         # Under device dispatch the decoder's last blocks may live elsewhere than the batch.
         input_ids = input_ids.to(hidden.device, non_blocking=True)
         images: dict[str, list[int] | None] = recorded if lengths is None else {"image": list(lengths)}
@@ -116,6 +111,22 @@ class VisualTokenTap(HookContext):
                 tokens, found = torch.cat([tokens, videos]), found + video_lengths
         self._capture = None
         return tokens, found
+
+    def hidden(self) -> Tensor:
+        """Return what the tapped layer gave in the latest forward, (B, S, d), all tokens; :meth:`tokens` still works after it.
+
+        Raises:
+            RuntimeError: no forward was seen since the tap was entered or last read.
+        """
+        return self._latest().hidden
+
+    def _latest(self) -> _Capture:
+        if self._capture is None:
+            raise RuntimeError(
+                "no forward of the model was seen since the tap was entered or its tokens were last taken; run the model "
+                "inside the with block, once per tokens(), and enter the tap before torch.compile first runs the model"
+            )
+        return self._capture
 
     def _install(self, stack: ExitStack) -> None:
         self._capture = None

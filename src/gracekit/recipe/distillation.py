@@ -1,0 +1,325 @@
+"""What a teacher says about a batch, and a student's losses against it.
+
+Only supervised tokens and images matter, so a teacher's answer is small: the hidden states its output head takes at supervised
+tokens, and its visual tokens. That is why the teacher can run ahead of the student for all micro-batches of an optimiser step,
+which is what the exact sum of gates needs, and why its answers for a whole data set fit on a disk. Where a head is more than one
+product (a soft cap, a bias), the logits themselves take the place of the hidden states.
+"""
+
+# B batch, S sequence length, T supervised tokens, V vocabulary, n visual tokens of one image, d hidden size
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from gracekit._distributed import all_sum
+from gracekit._structure import find_output_head, unwrap
+from gracekit.capture import ActivationTap
+from gracekit.losses import entropy_gate, linear_gated_dkd, shift_labels
+from gracekit.objective import GraceObjective
+from gracekit.vlm import VisualTokenTap
+from gracekit.vlm.families import placeholder_id, require_decoder
+
+IGNORE_INDEX = -100
+ROWS = "supervised_rows"
+_GATE_ELEMENTS = 1 << 26  # logits of a slab while gates are summed: 128 MiB in bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSignal:
+    """What a teacher says about one batch.
+
+    Attributes:
+        hidden: (T, d), what its output head takes at the supervised tokens; None where ``logits`` are given.
+        head: (V, d), its output head's weight, beside ``hidden``.
+        logits: (T, V).
+        tokens: (sum n, d), its visual tokens, packed image after image; None: not wanted.
+        lengths: n of each image; None: the student's count.
+    """
+
+    hidden: Tensor | None = None
+    head: Tensor | None = None
+    logits: Tensor | None = None
+    tokens: Tensor | None = None
+    lengths: list[int] | None = None
+
+    def gate_sum(self, targets: Tensor, objective: GraceObjective) -> Tensor:
+        """Return the sum of gates over the supervised tokens, a slab of logits at a time."""
+        config = objective.distillation.config
+        if config.gate is None:
+            return torch.tensor(float(len(targets)), device=targets.device)
+        rows = len(targets) if self.head is None else max(1, _GATE_ELEMENTS // len(self.head))
+        total = torch.zeros((), dtype=torch.float64, device=targets.device)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            gates = entropy_gate(
+                self.logits_of(part), targets[part], ignore_index=config.ignore_index, vocab_size=config.vocab_size
+            )
+            total += gates.sum(dtype=torch.float64)
+        return total
+
+    def logits_of(self, part: slice) -> Tensor:
+        """Return the logits of some rows."""
+        if self.logits is not None:
+            return self.logits[part]
+        assert self.hidden is not None
+        assert self.head is not None
+        return F.linear(self.hidden[part], self.head)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one micro-batch needs of its optimiser step: its teacher's signal and what its sums are divided by."""
+
+    signal: TeacherSignal | None
+    counts: dict[str, Tensor]
+
+
+class Output(NamedTuple):
+    """A model's side of the losses: hidden states (T, d) or logits (T, V) at supervised tokens, and its visual tokens.
+
+    ``tapped`` (B, S, d) is what the visual tokens were taken from.
+    """
+
+    hidden: Tensor | None
+    logits: Tensor | None
+    tokens: Tensor | None
+    lengths: list[int] | None
+    tapped: Tensor | None
+
+
+class Reader:
+    """Runs a vision-language model and keeps what the losses need of its forward.
+
+    Args:
+        model: the model, unwrapped.
+        from_hidden: keep what the output head takes, not its logits.
+        visual: keep the visual tokens of the penultimate layer.
+    """
+
+    def __init__(self, model: nn.Module, *, from_hidden: bool, visual: bool) -> None:
+        self.model, self.from_hidden = model, from_hidden
+        self.visual = VisualTokenTap(model, layer=-2) if visual else None
+        self.last: ActivationTap | None = None
+        if from_hidden:
+            decoder = require_decoder(model)
+            inner = unwrap(model)
+            self.last = ActivationTap(inner, next(name for name, module in inner.named_modules() if module is decoder))
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any], rows: Tensor) -> tuple[Output, Any]:
+        """Return what the losses need, and the model's own output.
+
+        Args:
+            model: what to call: the reader's model, or a wrapper of it.
+            inputs: of the model, without labels.
+            rows: (T,) flat positions (of B * S) that predict a supervised token.
+        """
+        # One position, because with none at all some wrappers take the head for unused.
+        options = {"logits_to_keep": 1} if self.from_hidden else {}
+        with ExitStack() as stack:
+            for tap in (self.visual, self.last):
+                if tap is not None:
+                    stack.enter_context(tap)
+            outputs = model(**inputs, **options, use_cache=False)
+            tapped = self.visual.hidden() if self.visual else None
+            tokens, lengths = self.visual.tokens(inputs) if self.visual else (None, None)
+            hidden = self.last.pop().flatten(0, 1)[rows] if self.last else None
+        logits = outputs.logits.flatten(0, 1)[rows] if hidden is None else None
+        return Output(hidden, logits, tokens, lengths, tapped), outputs
+
+
+class Teacher:
+    """A frozen teacher that answers for a batch of its student's.
+
+    Student and teacher read the same tokens; only the ids of placeholders may differ, and are exchanged.
+
+    Args:
+        model: the teacher; frozen, and put into evaluation mode.
+        student: whose batches it reads.
+        from_hidden: as for :class:`Reader`.
+        visual: give its visual tokens too.
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module, *, from_hidden: bool, visual: bool) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.reader = Reader(model, from_hidden=from_hidden, visual=visual)
+        ids = [(placeholder_id(student, kind), placeholder_id(model, kind)) for kind in ("image", "video")]
+        self.exchanged = [(theirs, own) for theirs, own in ids if theirs is not None and own not in (None, theirs)]
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Any], rows: Tensor) -> TeacherSignal:
+        """Return the teacher's signal for a batch of the student's inputs."""
+        given = dict(inputs)
+        for theirs, own in self.exchanged:
+            ids = given["input_ids"]
+            given["input_ids"] = torch.where(inputs["input_ids"] == theirs, ids.new_tensor(own), ids)
+        dtype = next(self.model.parameters()).dtype
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                given[name] = value.to(dtype)
+        seen, _ = self.reader(self.model, given, rows)
+        head = head_weight(self.model) if self.reader.from_hidden else None
+        return TeacherSignal(
+            hidden=seen.hidden, head=head, logits=seen.logits, tokens=seen.tokens, lengths=seen.lengths
+        )
+
+
+def head_weight(model: nn.Module) -> Tensor:
+    """Return the weight (V, d) of a model's output head.
+
+    Raises:
+        RuntimeError: FSDP2 has sharded it again after the forward.
+    """
+    head: Any = find_output_head(model)
+    weight: Tensor = head.weight
+    if isinstance(weight, DTensor):
+        raise RuntimeError(
+            "the output head must be whole between forward and backward, got a sharded one: leave "
+            "reshard_after_forward of the root module at its default (False)"
+        )
+    return weight
+
+
+@torch.no_grad()
+def has_plain_head(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model's logits are the decoder's output times the head's weight, and nothing else, found out on a batch."""
+    head = find_output_head(model)
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    rows = torch.arange(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+    seen, _ = Reader(model, from_hidden=True, visual=False)(model, inputs, rows)
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    assert seen.hidden is not None
+    found = F.linear(seen.hidden, head.weight)
+    return logits.shape == found.shape and torch.allclose(
+        logits, found, rtol=0.02, atol=0.02 * float(found.float().abs().max())
+    )
+
+
+def supervised_rows(labels: Tensor) -> Tensor:
+    """Return the flat positions (of B * S) whose logits predict a supervised token; (T,)."""
+    return (shift_labels(labels).flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+
+
+def counts_of(signal: TeacherSignal | None, targets: Tensor, objective: GraceObjective) -> Tensor:
+    """Return the sum of gates, the supervised tokens and the images that count, of one micro-batch; float64 (3,)."""
+    gates = signal.gate_sum(targets, objective) if signal is not None else torch.zeros((), device=targets.device)
+    lengths = (signal.lengths if signal is not None else None) or ()
+    images = sum(length >= objective.relational.min_tokens for length in lengths)
+    return torch.stack([gates.double(), gates.new_full((), len(targets)).double(), gates.new_full((), images).double()])
+
+
+def global_counts(parts: list[Tensor]) -> dict[str, Tensor]:
+    """Return the divisors of an optimiser step: the counts of its micro-batches, summed over all ranks at once."""
+    total = all_sum(torch.stack(parts).sum(0)).float()
+    return dict(zip(("gate_sum", "token_count", "image_count"), total, strict=True))
+
+
+class Losses(NamedTuple):
+    """``total`` has the gradient; ``parts`` are detached values by name, ``gate_sum`` this call's own."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    gate_sum: Tensor | None
+
+
+def losses_of(
+    kind: str,
+    student: Output,
+    head: Tensor | None,
+    targets: Tensor,
+    share: Share,
+    objective: GraceObjective,
+) -> Losses:
+    """Return the losses of a micro-batch.
+
+    Args:
+        kind: "ce", "kl", "gdkd", "rcka" or "grace".
+        student: its side.
+        head: its output head's weight, beside hidden states.
+        targets: (T,) classes.
+        share: the teacher's side, and divisors; no divisors: the micro-batch is the whole batch.
+        objective: weights, gate and controller.
+    """
+    counts, signal = share.counts, share.signal
+    gates = None
+    if kind in ("gdkd", "grace"):
+        assert signal is not None
+        total, parts, gates = _gated(student, head, targets, signal, counts, objective)
+    else:
+        logits = student.logits if student.logits is not None else F.linear(*_one_dtype(student.hidden, head))
+        tokens = counts.get("token_count", len(targets)) or 1
+        cross_entropy = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
+        total, parts = cross_entropy, {"ce": cross_entropy.detach()}
+        if kind == "kl":
+            assert signal is not None
+            divergence = kl_divergence(
+                logits, signal.logits_of(slice(None)), objective.distillation.config.temperature, tokens
+            )
+            total, parts["kl"] = total + divergence, divergence.detach()
+    if kind in ("rcka", "grace"):
+        assert signal is not None
+        assert student.tokens is not None
+        if signal.lengths is not None and signal.lengths != student.lengths:
+            raise ValueError(
+                "student and teacher must have as many visual tokens for each image, got "
+                f"{student.lengths} and {signal.lengths}"
+            )
+        relational = objective.relational(
+            student.tokens, signal.tokens, student.lengths, image_count=counts.get("image_count")
+        )
+        total, parts["rcka"] = total + objective.relational_weight * relational, relational.detach()
+    return Losses(total, parts, gates)
+
+
+def _gated(
+    student: Output,
+    head: Tensor | None,
+    targets: Tensor,
+    signal: TeacherSignal,
+    counts: Mapping[str, Tensor],
+    objective: GraceObjective,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    divisors: dict[str, Any] = {name: counts[name] for name in ("gate_sum", "token_count") if name in counts}
+    if student.hidden is None:
+        assert student.logits is not None
+        found = objective(student.logits, signal.logits_of(slice(None)), targets, **divisors)
+    else:
+        assert signal.hidden is not None
+        assert signal.head is not None
+        hidden, weight = _one_dtype(student.hidden, head)
+        parts = linear_gated_dkd(
+            hidden,
+            weight,
+            signal.hidden,
+            signal.head,
+            targets,
+            **asdict(objective.distillation.config),
+            **divisors,
+            dkd_weight=objective.controller.multiplier,
+        )
+        found = objective.combine(parts)
+    return found.total, {"ce": found.cross_entropy, "gdkd": found.gated_dkd}, found.gate_sum
+
+
+def _one_dtype(hidden: Tensor | None, head: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Under mixed precision the decoder's output is in the lower dtype while the weight is not."""
+    assert hidden is not None
+    assert head is not None
+    return hidden, head.to(hidden.dtype)
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float, count: Tensor | float) -> Tensor:
+    """Return T^2 * KL(teacher, student) at a temperature, summed over tokens over ``count``: no gate, no decoupling."""
+    classes = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student = F.log_softmax(student_logits[..., :classes].float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits[..., :classes].float() / temperature, dim=-1)
+    return F.kl_div(student, teacher, log_target=True, reduction="sum") / count * temperature**2
