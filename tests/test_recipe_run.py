@@ -80,7 +80,7 @@ def test_other_settings_in_the_same_folder_are_an_error_that_names_them(teacher,
     assert cli.main(["recipe", *tiny_arguments(teacher, finished), "--seed", "3", "--tau", "0.5"]) == 2
     message = capsys.readouterr().err
     assert "run.seed: 0 -> 3" in message
-    assert "grace.tau: 1.0 -> 0.5" in message
+    assert "grace.tau: '1.0' -> '0.5'" in message
 
 
 def test_a_folder_with_something_else_in_it_is_refused(teacher, tmp_path, capsys):

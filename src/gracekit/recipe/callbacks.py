@@ -8,59 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from gracekit._checks import check_int, check_real
-from gracekit._distributed import all_sum
+from gracekit.control import LagrangianController
+from gracekit.recipe.calibration import TauCalibration
 
 if TYPE_CHECKING:
     from gracekit.recipe.trainer import GraceTrainer
 
 CONTROLLER_FILE = "grace_controller.safetensors"
 _LEAST_SHARE, _PATIENCE = 0.01, 3
-
-
-class TauCalibration:
-    """Finds the controller's target from the first steps: a quantile of their L_GDKD.
-
-    L_GDKD falls by an order of magnitude in training, and where it ends depends on data, vocabulary and teacher. A fixed tau is
-    then either never reached or never missed, and beta sits on a bound. The low end of what the first steps reached is a
-    level that this student passes and can hold. Until it is known beta stays where it starts.
-
-    Args:
-        steps: optimiser steps to look at, at least 2.
-        quantile: of their L_GDKD, in [0, 1].
-
-    Raises:
-        TypeError: a number of the wrong type.
-        ValueError: one out of range.
-    """
-
-    def __init__(self, steps: int, quantile: float = 0.1) -> None:
-        self.steps = check_int("steps", steps, low=2)
-        self.quantile = check_real("quantile", quantile, low=0.0, high=1.0)
-        self.values: list[Tensor] = []
-        self.target: float | None = None
-
-    def add(self, value: Tensor) -> float | None:
-        """Take the next step's L_GDKD; once there are enough, return tau."""
-        self.values.append(all_sum(value.detach().double()))
-        if len(self.values) == self.steps:
-            self.target = torch.stack(self.values).quantile(self.quantile).item()
-        return self.target
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps."""
-        found = {"calibration_values": torch.stack(self.values).cpu() if self.values else torch.zeros(0).double()}
-        return found if self.target is None else found | {"calibration_target": torch.tensor(self.target).double()}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take up what a checkpoint kept."""
-        self.values = list(state["calibration_values"])
-        self.target = state["calibration_target"].item() if "calibration_target" in state else None
 
 
 class ControllerCallback(TrainerCallback):  # type: ignore[misc]
@@ -82,14 +40,8 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
         """Take up the controller where the checkpoint left it."""
         if not state.global_step:
             return
-        saved = load_file(Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROLLER_FILE)
-        kept = {name: saved.pop(name) for name in list(saved) if name.startswith("calibration_")}
-        controller = self.trainer.objective.controller
-        controller.load_state_dict(saved)
-        if self.calibration is not None and kept:
-            self.calibration.load(kept)
-            if self.calibration.target is not None:
-                controller.target = self.calibration.target
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROLLER_FILE
+        load_controller(self.trainer.objective.controller, saved, self.calibration)
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise the relational part's weight while it warms up."""
@@ -145,11 +97,28 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
         if not args.should_save:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        tensors = {name: value.cpu().clone() for name, value in self.trainer.objective.controller.state_dict().items()}
-        if self.calibration is not None:
-            tensors |= self.calibration.state()
-        save_file(tensors, folder / f"{CONTROLLER_FILE}.part")
-        os.replace(folder / f"{CONTROLLER_FILE}.part", folder / CONTROLLER_FILE)
+        save_controller(self.trainer.objective.controller, folder / CONTROLLER_FILE, self.calibration)
+
+
+def save_controller(controller: LagrangianController, path: Path, calibration: TauCalibration | None) -> None:
+    """Write a controller's state, and how far its calibration is, beside and then in place."""
+    tensors = {name: value.cpu().clone() for name, value in controller.state_dict().items()}
+    if calibration is not None:
+        tensors |= calibration.state()
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part)
+    os.replace(part, path)
+
+
+def load_controller(controller: LagrangianController, path: Path, calibration: TauCalibration | None) -> None:
+    """Take up what :func:`save_controller` wrote; a tau that was found there becomes the controller's target."""
+    saved = load_file(path)
+    kept = {name: saved.pop(name) for name in list(saved) if name.startswith("calibration_")}
+    controller.load_state_dict(saved)
+    if calibration is not None and kept:
+        calibration.load(kept)
+        if calibration.target is not None:
+            controller.target = calibration.target
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]

@@ -12,8 +12,9 @@ from gracekit._checks import check_choice, check_int, check_real
 from gracekit.control import LagrangianController
 from gracekit.losses import ConfidenceGatedDKD, RelationalCKA
 from gracekit.objective import GraceObjective
+from gracekit.recipe.calibration import TauCalibration
 
-LOSSES = ("ce", "kl", "gdkd", "grace")
+LOSSES = ("ce", "kl", "gdkd", "rcka", "grace")
 
 
 def option(default: Any, text: str) -> Any:
@@ -125,7 +126,10 @@ class GraceConfig:
         temperature: of the distillation.
         alpha: weight of the target-class part.
         beta_dkd: weight of the other classes' part.
-        tau: what the controller brings L_GDKD down to.
+        tau: what the controller brings L_GDKD down to; a number, or "auto": the ``tau_quantile`` of what L_GDKD is in the first
+            ``tau_steps`` steps, in which beta stays at ``beta_initial``.
+        tau_steps: steps that "auto" looks at.
+        tau_quantile: in [0, 1], of their L_GDKD.
         eta: its step size; 0 keeps beta at ``beta_initial``.
         beta_initial: multiplier of L_GDKD at the start.
         beta_min: its floor.
@@ -137,7 +141,9 @@ class GraceConfig:
     temperature: float = option(2.0, "of the distillation")
     alpha: float = option(1.0, "weight of the target class's part")
     beta_dkd: float = option(4.0, "weight of the other classes' part")
-    tau: float = option(1.0, "what the controller brings L_GDKD down to")
+    tau: str = option("1.0", "what the controller brings L_GDKD down to: a number, or auto")
+    tau_steps: int = option(100, "optimiser steps that --tau auto looks at")
+    tau_quantile: float = option(0.1, "quantile of their L_GDKD that --tau auto takes")
     eta: float = option(0.0015, "step size of the controller; 0 keeps beta fixed")
     beta_initial: float = option(0.5, "multiplier of L_GDKD at the start")
     beta_min: float = option(0.1, "its floor")
@@ -146,7 +152,13 @@ class GraceConfig:
     omega: float = option(3.0, "weight of L_RCKA")
 
     def __post_init__(self) -> None:
-        check_real("tau", self.tau)
+        if self.tau != "auto":
+            try:
+                check_real("tau", float(self.tau))
+            except ValueError:
+                raise ValueError(f"tau must be a number or 'auto', got tau={self.tau!r}") from None
+        check_int("tau_steps", self.tau_steps, low=2)
+        check_real("tau_quantile", self.tau_quantile, low=0.0, high=1.0)
         check_real("eta", self.eta, low=0.0)
         check_real("beta_min", self.beta_min, low=0.0)
         check_real("beta_max", self.beta_max, low=self.beta_min)
@@ -154,20 +166,29 @@ class GraceConfig:
         check_real("omega", self.omega, low=0.0)
         self.objective("grace")  # temperature, alpha, beta_dkd and ema_decay have the same names there
 
-    def objective(self, losses: str) -> GraceObjective:
-        """Return the objective of "gdkd" (no relational part) or "grace"."""
+    def objective(self, losses: str, *, vocab_size: int | None = None) -> GraceObjective:
+        """Return the objective of some losses, with no relational part unless "rcka" or "grace".
+
+        Args:
+            losses: one of LOSSES.
+            vocab_size: classes to compare, where student and teacher pad one vocabulary differently.
+        """
         return GraceObjective(
-            ConfidenceGatedDKD(self.temperature, self.alpha, self.beta_dkd),
+            ConfidenceGatedDKD(self.temperature, self.alpha, self.beta_dkd, vocab_size=vocab_size),
             RelationalCKA(),
             LagrangianController(
-                self.tau,
+                0.0 if self.tau == "auto" else float(self.tau),
                 lr=self.eta,
                 initial=self.beta_initial,
                 bounds=(self.beta_min, self.beta_max),
                 ema_decay=self.ema_decay,
             ),
-            relational_weight=self.omega if losses == "grace" else 0.0,
+            relational_weight=self.omega if losses in ("rcka", "grace") else 0.0,
         )
+
+    def calibration(self) -> TauCalibration | None:
+        """Return what finds tau, where that is "auto"."""
+        return TauCalibration(self.tau_steps, self.tau_quantile) if self.tau == "auto" else None
 
 
 @dataclass(frozen=True, kw_only=True)

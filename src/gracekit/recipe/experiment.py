@@ -140,6 +140,8 @@ def _student(run: Run, losses: str, clock: Clock) -> list[dict[str, Any]]:
                     warmup=train.warmup,
                     weight_decay=train.weight_decay,
                     seed=order,
+                    # Found in the common start; what comes after has it in its copy of the controller.
+                    tau=run.config.grace.calibration() if name.endswith("-start") else None,
                 ),
                 model,
                 data,

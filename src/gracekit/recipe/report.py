@@ -148,6 +148,7 @@ def _plot_beta(results: dict[str, Any]) -> Any:
     if not histories:
         return None
     grace = results["config"]["grace"]
+    taus = sorted({entry["tau"] for history in histories.values() for entry in history if entry.get("tau")})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for name, history in histories.items():
         style = "--" if "int4" in name else "-"
@@ -161,7 +162,8 @@ def _plot_beta(results: dict[str, Any]) -> Any:
             )
     for bound in ("beta_min", "beta_max"):
         left.axhline(grace[bound], color="firebrick", lw=0.8, ls=":", label=f"{bound} = {grace[bound]:g}")
-    right.axhline(grace["tau"], color="firebrick", lw=0.8, ls=":", label=f"tau = {grace['tau']:g}")
+    for tau in taus:
+        right.axhline(tau, color="firebrick", lw=0.8, ls=":", label=f"tau = {tau:.3g}")
     left.set(title="beta", xlabel="optimiser step")
     right.set(title="moving average of L_GDKD", xlabel="optimiser step", yscale="log")
     for axis in (left, right):

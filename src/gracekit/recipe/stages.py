@@ -17,7 +17,14 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from gracekit.objective import GraceObjective
-from gracekit.recipe.callbacks import CONTROLLER_FILE, StepCallback, latest_checkpoint
+from gracekit.recipe.calibration import TauCalibration
+from gracekit.recipe.callbacks import (
+    CONTROLLER_FILE,
+    StepCallback,
+    latest_checkpoint,
+    load_controller,
+    save_controller,
+)
 from gracekit.recipe.data import PackedVqa
 from gracekit.recipe.trainer import GraceTrainer
 
@@ -38,6 +45,7 @@ class Stage:
         warmup: share of the steps in which the rate rises.
         weight_decay: of parameters with two or more dimensions.
         seed: of the order of the data.
+        tau: finds the controller's target in this stage; None: it has one.
     """
 
     name: str
@@ -49,6 +57,7 @@ class Stage:
     warmup: float
     weight_decay: float
     seed: int
+    tau: TauCalibration | None = None
 
 
 def run_stage(
@@ -75,7 +84,7 @@ def run_stage(
     home = folder / stage.name
     if (home / "log.json").is_file():
         model.load_state_dict(load_file(home / "model.safetensors"))
-        objective.controller.load_state_dict(load_file(home / CONTROLLER_FILE))
+        load_controller(objective.controller, home / CONTROLLER_FILE, stage.tau)
         model.to(device)
         log: list[dict[str, float]] = json.loads((home / "log.json").read_text())
         return log
@@ -84,6 +93,7 @@ def run_stage(
     trainer = GraceTrainer(
         losses=stage.losses,
         objective=objective,
+        calibration=stage.tau,
         model=model,
         train_dataset=data,
         data_collator=data.collate,
@@ -117,7 +127,7 @@ def run_stage(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     save_state(model, home / "model.safetensors")
-    save_state(objective.controller, home / CONTROLLER_FILE)
+    save_controller(objective.controller, home / CONTROLLER_FILE, stage.tau)
     write_text(home / "log.json", json.dumps(log, indent=1))
     for left in home.glob("checkpoint-*"):
         shutil.rmtree(left)

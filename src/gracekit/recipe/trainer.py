@@ -23,7 +23,8 @@ from gracekit.losses import shift_labels
 from gracekit.objective import GraceObjective
 from gracekit.quant import fully_shard_qat, qat_parameter_groups
 from gracekit.quant.lsq import LSQFakeQuantizer
-from gracekit.recipe.callbacks import ControllerCallback, TauCalibration
+from gracekit.recipe.calibration import TauCalibration
+from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
 from gracekit.recipe.distillation import (
     ROWS,

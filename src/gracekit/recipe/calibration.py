@@ -1,0 +1,49 @@
+"""A controller's target from the data: ``--tau auto``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gracekit._checks import check_int, check_real
+from gracekit._distributed import all_sum
+
+
+class TauCalibration:
+    """Finds the controller's target from the first steps: a quantile of their L_GDKD.
+
+    L_GDKD falls by an order of magnitude in training, and where it ends depends on data, vocabulary and teacher. A fixed tau is
+    then either never reached or never missed, and beta sits on a bound. The low end of what the first steps reached is a
+    level that this student passes and can hold. Until it is known beta stays where it starts.
+
+    Args:
+        steps: optimiser steps to look at, at least 2.
+        quantile: of their L_GDKD, in [0, 1].
+
+    Raises:
+        TypeError: a number of the wrong type.
+        ValueError: one out of range.
+    """
+
+    def __init__(self, steps: int, quantile: float = 0.1) -> None:
+        self.steps = check_int("steps", steps, low=2)
+        self.quantile = check_real("quantile", quantile, low=0.0, high=1.0)
+        self.values: list[Tensor] = []
+        self.target: float | None = None
+
+    def add(self, value: Tensor) -> float | None:
+        """Take the next step's L_GDKD; once there are enough, return tau."""
+        self.values.append(all_sum(value.detach().double()))
+        if len(self.values) == self.steps:
+            self.target = torch.stack(self.values).quantile(self.quantile).item()
+        return self.target
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps."""
+        found = {"calibration_values": torch.stack(self.values).cpu() if self.values else torch.zeros(0).double()}
+        return found if self.target is None else found | {"calibration_target": torch.tensor(self.target).double()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take up what a checkpoint kept."""
+        self.values = list(state["calibration_values"])
+        self.target = state["calibration_target"].item() if "calibration_target" in state else None
