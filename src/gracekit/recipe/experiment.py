@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from gracekit.quant import LSQConfig, convert, prepare_qat, quantize_rtn
-from gracekit.recipe.config import RecipeConfig
+from gracekit.recipe.config import GraceConfig, RecipeConfig
 from gracekit.recipe.data import PackedVqa, TeacherOutputs, VqaSplit, load_easy_vqa
 from gracekit.recipe.environment import environment
 from gracekit.recipe.evaluate import accuracy, generate_answers
@@ -48,6 +48,23 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     teacher: TeacherOutputs
     bars: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """One student: how it is trained, and the precisions it is finished and judged in.
+
+    Args:
+        name: of its stages and, with a precision behind it, of its variants.
+        losses: one of LOSSES.
+        grace: weights and controller of the losses.
+        precisions: "bf16"; "intB-rtn", the BF16 student rounded to B bits; "intB-qat", B bits in the loop of its finish.
+    """
+
+    name: str
+    losses: str
+    grace: GraceConfig
+    precisions: tuple[str, ...]
 
 
 def open_folder(config: RecipeConfig) -> Path | None:
@@ -87,7 +104,8 @@ def run_recipe(config: RecipeConfig, folder: Path) -> dict[str, Any]:
         run = Run(config, folder, device, train, test, tokenizer, outputs, bars)
         variants = [teacher_variant(config.run.teacher)]
         for losses in config.run.losses:
-            variants += _student(run, losses, clock)
+            student = Student(name=losses, losses=losses, grace=config.grace, precisions=(FULL, RTN, QAT))
+            variants += train_student(run, student, clock)
     return {
         "environment": environment(device),
         "config": config.as_dict() | {"student": asdict(STUDENT), "finish_steps": config.train.finish},
@@ -113,18 +131,17 @@ def teacher_variant(path: str) -> dict[str, Any]:
     }
 
 
-def _student(run: Run, losses: str, clock: Clock) -> list[dict[str, Any]]:
-    """Train a student with some losses in all precisions and return the variants that come of it."""
+def train_student(run: Run, student: Student, clock: Clock) -> list[dict[str, Any]]:
+    """Train a student in all its precisions and return the variants that come of it; what is done already is only loaded."""
     train, seed = run.config.train, run.config.run.seed
     data = PackedVqa(
         run.train,
         run.tokenizer,
         image_tokens=STUDENT.image_tokens,
         questions_per_image=train.questions_per_image,
-        teacher=None if losses == "ce" else run.teacher,
+        teacher=None if student.losses == "ce" else run.teacher,
     )
-    quantiser = LSQConfig(group_size=train.group_size)
-    objective = run.config.grace.objective(losses)
+    objective = student.grace.objective(student.losses)
 
     def stage(model: nn.Module, name: str, steps: int, rate: float, schedule: str, objective: Any, order: int) -> Any:
         task = run.bars.add_task(f"{name}: train", total=steps)
@@ -132,7 +149,7 @@ def _student(run: Run, losses: str, clock: Clock) -> list[dict[str, Any]]:
             log = run_stage(
                 Stage(
                     name=f"stages/{name}",
-                    losses=losses,
+                    losses=student.losses,
                     steps=steps,
                     learning_rate=rate,
                     schedule=schedule,
@@ -141,7 +158,7 @@ def _student(run: Run, losses: str, clock: Clock) -> list[dict[str, Any]]:
                     weight_decay=train.weight_decay,
                     seed=order,
                     # Found in the common start; what comes after has it in its copy of the controller.
-                    tau=run.config.grace.calibration() if name.endswith("-start") else None,
+                    tau=student.grace.calibration() if name.endswith("-start") else None,
                 ),
                 model,
                 data,
@@ -154,47 +171,59 @@ def _student(run: Run, losses: str, clock: Clock) -> list[dict[str, Any]]:
         return log
 
     start = build_model(STUDENT, run.tokenizer, seed=seed)
-    common = stage(start, f"{losses}-start", train.steps, train.learning_rate, "constant_with_warmup", objective, seed)
-    variants, total = [], train.steps + train.finish
-    for precision in (FULL, QAT):
+    common = stage(
+        start, f"{student.name}-start", train.steps, train.learning_rate, "constant_with_warmup", objective, seed
+    )
+
+    def finish(precision: str) -> tuple[nn.Module, list[dict[str, float]]]:
         model, own = copy.deepcopy(start).cpu(), copy.deepcopy(objective)
-        if precision == QAT:
-            prepare_qat(model, quantiser)
-        name = f"{losses}-{precision}"
-        # The same data in the same order for both precisions.
+        if precision != FULL:
+            prepare_qat(model, _quantiser(run, precision))
+        # The same data in the same order for all precisions.
+        name = f"{student.name}-{precision}"
         log = stage(model, name, train.finish, train.finish_learning_rate, "linear", own, seed + 1)
         history = common + [entry | {"step": entry["step"] + train.steps} for entry in log]
-        trained = model.to(torch.bfloat16) if precision == FULL else model
-        for kind in (FULL, RTN) if precision == FULL else (QAT,):
-            variants.append(_judge(run, losses, kind, trained, quantiser, history, total, clock))
+        return (model.to(torch.bfloat16) if precision == FULL else model), history
+
+    finished: dict[str, tuple[nn.Module, list[dict[str, float]]]] = {}
+    variants = []
+    for precision in student.precisions:
+        trained_in = precision if precision.endswith("-qat") else FULL
+        if trained_in not in finished:
+            finished[trained_in] = finish(trained_in)
+        model, history = finished[trained_in]
+        variant = _judge(run, student, precision, model, clock)
+        variants.append(variant | {"steps": train.steps + train.finish, "history": history})
     return variants
 
 
-def _judge(
-    run: Run, losses: str, kind: str, trained: nn.Module, quantiser: LSQConfig, history: Any, steps: int, clock: Clock
-) -> dict[str, Any]:
+def _quantiser(run: Run, precision: str) -> LSQConfig:
+    """Return what "int4-rtn" or "int8-qat" stands for."""
+    bits = int(precision.partition("-")[0].removeprefix("int"))
+    return LSQConfig(bits=bits, group_size=run.config.train.group_size)
+
+
+def _judge(run: Run, student: Student, precision: str, trained: nn.Module, clock: Clock) -> dict[str, Any]:
     def deployed() -> nn.Module:
         model = copy.deepcopy(trained).to(run.device)
-        if kind == RTN:
-            quantize_rtn(model, quantiser)
-        elif kind == QAT:
+        if precision.endswith("-rtn"):
+            quantize_rtn(model, _quantiser(run, precision))
+        elif precision.endswith("-qat"):
             # Codes come from the trained float32 weights; everything else is cast afterwards.
             convert(model, dtype=torch.bfloat16)
         return model.to(torch.bfloat16)
 
-    name = f"{losses}-{kind}"
+    name = f"{student.name}-{precision}"
     kernel, answers = _answers(run, name, deployed, clock)
     return {
         "name": name,
-        "losses": losses,
-        "precision": kind,
+        "losses": student.losses,
+        "precision": precision,
         "kernel": kernel,
         "seed": run.config.run.seed,
         "accuracy": accuracy(answers, run.test.questions),
         "questions": len(answers),
         "parameters": parameter_count(build_model(STUDENT, run.tokenizer, seed=0)),
-        "steps": steps,
-        "history": history,
     }
 
 

@@ -26,7 +26,7 @@ class Interval(NamedTuple):
 
 
 def t_two_sided(t: float, df: int) -> float:
-    """Return P(\\|T\\| >= \\|t\\|) of Student's t distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """Return the probability of ``|T| >= |t|`` in Student's t distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
     Args:
         t: statistic; infinity is taken.
@@ -55,7 +55,7 @@ def t_two_sided(t: float, df: int) -> float:
 
 
 def t_quantile(confidence: float, df: int) -> float:
-    """Return the t with P(\\|T\\| <= t) = ``confidence``, by bisection.
+    """Return the t that ``|T|`` stays below with probability ``confidence``, by bisection.
 
     Args:
         confidence: in (0, 1).

@@ -21,7 +21,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SHOWN = 60
-COLOURS = {"ce": "#8a8a8a", "kl": "#c98a2b", "gdkd": "#3b7ea1", "grace": "#2a7d4f"}
+COLOURS = {"ce": "#8a8a8a", "kl": "#c98a2b", "gdkd": "#3b7ea1", "rcka": "#8e5ea2", "grace": "#2a7d4f"}
+LOSS_NAMES = {
+    "ce": "CE",
+    "kl": "CE + KL",
+    "gdkd": "CE + GDKD",
+    "rcka": "CE + RCKA",
+    "grace": "CE + GDKD + RCKA",
+}
 
 
 def read_results(folder: str | Path) -> dict[str, Any]:
@@ -35,9 +42,7 @@ def rows(results: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "variant": variant["name"],
-            "losses": {"ce": "CE", "kl": "CE + KL", "gdkd": "CE + GDKD", "grace": "CE + GDKD + RCKA"}[
-                variant["losses"]
-            ],
+            "losses": LOSS_NAMES[variant["losses"]],
             "precision": variant["precision"],
             "kernel": variant["kernel"],
             "steps": "-" if variant["steps"] is None else str(variant["steps"]),
