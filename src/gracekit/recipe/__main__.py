@@ -1,5 +1,7 @@
 """``python -m gracekit.recipe``."""
 
-from gracekit.recipe.cli import recipe
+import sys
 
-raise SystemExit(recipe())
+from gracekit.recipe.cli import main
+
+raise SystemExit(main(["recipe", *sys.argv[1:]]))

@@ -8,16 +8,19 @@ from torch import Tensor
 from gracekit._checks import check_int, check_real
 from gracekit._distributed import all_sum
 
+SHARE = 0.4
+
 
 class TauCalibration:
     """Finds the controller's target from the first steps: a quantile of their L_GDKD.
 
     L_GDKD falls by an order of magnitude in training, and where it ends depends on data, vocabulary and teacher. A fixed tau is
-    then either never reached or never missed, and beta sits on a bound. The low end of what the first steps reached is a
-    level that this student passes and can hold. Until it is known beta stays where it starts.
+    then either never reached or never missed, and beta sits on a bound. The low end of what the first part of a training
+    reached is a level that this student can hold. Until it is known beta stays where it starts; while L_GDKD still falls
+    steeply no level is worth holding, so this takes :data:`SHARE` of the training unless told otherwise.
 
     Args:
-        steps: optimiser steps to look at, at least 2.
+        steps: optimiser steps to look at, at least 2; 0: ``SHARE`` of the training.
         quantile: of their L_GDKD, in [0, 1].
 
     Raises:
@@ -25,11 +28,17 @@ class TauCalibration:
         ValueError: one out of range.
     """
 
-    def __init__(self, steps: int, quantile: float = 0.1) -> None:
-        self.steps = check_int("steps", steps, low=2)
+    def __init__(self, steps: int = 0, quantile: float = 0.1) -> None:
+        self.steps = check_int("steps", steps, low=0)
+        if steps == 1:
+            raise ValueError("steps must be at least 2, or 0, got steps=1")
         self.quantile = check_real("quantile", quantile, low=0.0, high=1.0)
         self.values: list[Tensor] = []
         self.target: float | None = None
+
+    def begin(self, training_steps: int) -> None:
+        """Say how long the training is."""
+        self.steps = self.steps or max(2, round(SHARE * training_steps))
 
     def add(self, value: Tensor) -> float | None:
         """Take the next step's L_GDKD; once there are enough, return tau."""

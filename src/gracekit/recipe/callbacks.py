@@ -34,14 +34,18 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer, self.calibration = trainer, calibration
         self.relational_warmup, self.relational_weight = relational_warmup, trainer.objective.relational_weight
         self.warned: set[str] = set()
-        self.low = 0
+        self.low = self.saturated = 0
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the controller where the checkpoint left it."""
-        if not state.global_step:
-            return
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROLLER_FILE
-        load_controller(self.trainer.objective.controller, saved, self.calibration)
+        if self.calibration is not None:
+            self.calibration.begin(state.max_steps)
+        controller = self.trainer.objective.controller
+        self.saturated = int(controller.saturated_steps)
+        if state.global_step:
+            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROLLER_FILE
+            load_controller(controller, saved, self.calibration)
+        self.trainer.meters.begin(int(controller.saturated_steps))
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Raise the relational part's weight while it warms up."""
@@ -79,11 +83,12 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
     def _saturation(self, state: Any) -> None:
         controller = self.trainer.objective.controller
         beta, bounds = controller.multiplier.item(), controller.bounds
-        if controller.saturated_steps.item() > max(20, state.max_steps // 10):
+        steps = int(controller.saturated_steps) - self.saturated
+        if steps > max(20, state.max_steps // 10):
             side = "floor" if abs(beta - bounds[0]) < abs(beta - bounds[1]) else "ceiling"
             self._warn(
                 "saturation",
-                f"beta has been on a bound for {controller.saturated_steps.item()} steps (now {beta:.3g}, {side}): "
+                f"beta has been on a bound for {steps} steps (now {beta:.3g}, {side}): "
                 f"L_GDKD is at {controller.ema.item():.3g} and tau={controller.target:g}, so the controller is a constant",
             )
 

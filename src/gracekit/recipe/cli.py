@@ -1,4 +1,4 @@
-"""The command line: ``gracekit recipe`` (also ``python -m gracekit.recipe``) and ``gracekit teacher``."""
+"""The command line: ``gracekit NAME ...``; ``python -m gracekit.recipe`` is ``gracekit recipe``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-# Set before anything of these packages is imported. On a machine with several GPUs transformers' Trainer would spread a
-# model that fits a watch over all of them.
-for name, value in {
-    "CUDA_VISIBLE_DEVICES": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
-}.items():
-    os.environ.setdefault(name, value)
+# Set before anything of these packages is imported.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+if "LOCAL_RANK" not in os.environ:
+    # One process has one GPU: transformers' Trainer would spread the model over all it sees, DataParallel fashion.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 logging.getLogger("torchao").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
@@ -73,6 +70,13 @@ def teacher(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def train(arguments: Sequence[str] | None = None) -> int:
+    """Distil a vision-language model into a student with INT4, INT8 or plain weights."""
+    from gracekit.recipe.train import main as train_main
+
+    return train_main(arguments)
+
+
 def inspect(arguments: Sequence[str] | None = None) -> int:
     """Say what a saved model has, what would be quantised, its size, and what would not work."""
     from gracekit.recipe.inspect_model import main as inspect_main
@@ -97,16 +101,20 @@ def export(arguments: Sequence[str] | None = None) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "recipe": recipe,
     "teacher": teacher,
+    "train": train,
     "inspect": inspect,
     "quantize": quantize,
     "export": export,
 }
+HUB = ("train",)  # commands that take names of a hub
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the subcommand that the first argument names."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] in COMMANDS:
+        if given[0] not in HUB:
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # they work on folders, and must not wait for a network
         return COMMANDS[given[0]](given[1:])
     helped = bool(given) and given[0] in ("-h", "--help")
     lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]

@@ -128,7 +128,7 @@ class GraceConfig:
         beta_dkd: weight of the other classes' part.
         tau: what the controller brings L_GDKD down to; a number, or "auto": the ``tau_quantile`` of what L_GDKD is in the first
             ``tau_steps`` steps, in which beta stays at ``beta_initial``.
-        tau_steps: steps that "auto" looks at.
+        tau_steps: steps that "auto" looks at; 0: the first 40 % of the training.
         tau_quantile: in [0, 1], of their L_GDKD.
         eta: its step size; 0 keeps beta at ``beta_initial``.
         beta_initial: multiplier of L_GDKD at the start.
@@ -142,7 +142,7 @@ class GraceConfig:
     alpha: float = option(1.0, "weight of the target class's part")
     beta_dkd: float = option(4.0, "weight of the other classes' part")
     tau: str = option("1.0", "what the controller brings L_GDKD down to: a number, or auto")
-    tau_steps: int = option(100, "optimiser steps that --tau auto looks at")
+    tau_steps: int = option(0, "optimiser steps that --tau auto looks at; 0: the first 40 % of the training")
     tau_quantile: float = option(0.1, "quantile of their L_GDKD that --tau auto takes")
     eta: float = option(0.0015, "step size of the controller; 0 keeps beta fixed")
     beta_initial: float = option(0.5, "multiplier of L_GDKD at the start")
@@ -157,8 +157,7 @@ class GraceConfig:
                 check_real("tau", float(self.tau))
             except ValueError:
                 raise ValueError(f"tau must be a number or 'auto', got tau={self.tau!r}") from None
-        check_int("tau_steps", self.tau_steps, low=2)
-        check_real("tau_quantile", self.tau_quantile, low=0.0, high=1.0)
+        TauCalibration(self.tau_steps, self.tau_quantile)
         check_real("eta", self.eta, low=0.0)
         check_real("beta_min", self.beta_min, low=0.0)
         check_real("beta_max", self.beta_max, low=self.beta_min)

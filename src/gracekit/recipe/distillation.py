@@ -151,12 +151,21 @@ class Teacher:
     def __init__(self, model: nn.Module, student: nn.Module, *, from_hidden: bool, visual: bool) -> None:
         self.model = model.eval().requires_grad_(False)
         self.reader = Reader(model, from_hidden=from_hidden, visual=visual)
+        # Kept here, because offloading leaves placeholders in the model.
+        self.head = head_weight(model).detach() if from_hidden else None
         ids = [(placeholder_id(student, kind), placeholder_id(model, kind)) for kind in ("image", "video")]
         self.exchanged = [(theirs, own) for theirs, own in ids if theirs is not None and own not in (None, theirs)]
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Any], rows: Tensor) -> TeacherSignal:
         """Return the teacher's signal for a batch of the student's inputs."""
+        seen, _ = self.reader(self.model, self.inputs(inputs), rows)
+        return TeacherSignal(
+            hidden=seen.hidden, head=self.head, logits=seen.logits, tokens=seen.tokens, lengths=seen.lengths
+        )
+
+    def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch of the student's inputs as the teacher takes it: its placeholders, its dtype."""
         given = dict(inputs)
         for theirs, own in self.exchanged:
             ids = given["input_ids"]
@@ -165,11 +174,19 @@ class Teacher:
         for name, value in given.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 given[name] = value.to(dtype)
-        seen, _ = self.reader(self.model, given, rows)
-        head = head_weight(self.model) if self.reader.from_hidden else None
-        return TeacherSignal(
-            hidden=seen.hidden, head=head, logits=seen.logits, tokens=seen.tokens, lengths=seen.lengths
-        )
+        return given
+
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.model.to(device)
+        self.head = head_weight(self.model).detach() if self.head is not None else None
+
+    def offload(self, device: torch.device) -> None:
+        """Keep the model's weights on the CPU and bring them to ``device`` module by module as it runs."""
+        from accelerate import cpu_offload
+
+        self.head = self.head.to(device) if self.head is not None else None
+        cpu_offload(self.model, execution_device=device)
 
 
 def head_weight(model: nn.Module) -> Tensor:

@@ -27,8 +27,13 @@ class Meters:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._saturated = 0
         self._step_value: Tensor | None = None
         self._reset()
+
+    def begin(self, saturated_steps: int) -> None:
+        """Say how many steps the controller has sat on a bound before the training."""
+        self._saturated = saturated_steps
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -80,7 +85,9 @@ class Meters:
             controller = trainer.objective.controller
             entry["gate_mean"] = total["gates"] / max(1.0, supervised)
             entry |= {"beta": controller.multiplier.item(), "ema": controller.ema.item(), "tau": controller.target}
-            entry["saturated_share"] = controller.saturated_steps.item() / max(1, trainer.state.global_step)
+            saturated = controller.saturated_steps.item()
+            entry["saturated_share"] = (saturated - self._saturated) / self._steps
+            self._saturated = saturated
         if total.get("total_square"):
             entry["rcka_gradient_share"] = (total.get("relational_square", 0.0) / total["total_square"]) ** 0.5
         entry["tokens_per_second"] = total["tokens"] / seconds

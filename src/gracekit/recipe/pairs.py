@@ -1,0 +1,177 @@
+"""A student and its teacher as models of transformers, and what is checked about them before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracekit._structure import find_output_head
+from gracekit.recipe.conversations import Record, open_images
+from gracekit.recipe.processors import ConversationProcessor, load_processor
+from gracekit.recipe.train_config import TrainConfig
+from gracekit.vlm.families import placeholder_id
+
+_SAMPLES = 4  # records whose tokens both sides are compared on
+_SHOWN = 3
+
+
+@dataclass(kw_only=True)
+class Pair:
+    """Both models with what reads their input.
+
+    Attributes:
+        student: to be trained.
+        teacher: frozen, in bfloat16; None for cross-entropy alone.
+        processor: the student's.
+        teacher_processor: the teacher's.
+        vocab_size: classes that both have, where their heads are padded differently; else None.
+        notes: what was found out, a line each.
+    """
+
+    student: Any
+    teacher: Any
+    processor: ConversationProcessor
+    teacher_processor: ConversationProcessor | None
+    vocab_size: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_pair(config: TrainConfig) -> Pair:
+    """Load both models and their processors.
+
+    Raises:
+        OSError: a directory or hub name that is none.
+        ValueError: a model that transformers knows no vision-language class for.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    student = AutoModelForImageTextToText.from_pretrained(config.pair.student, dtype=config.pair.dtype())
+    teacher = teacher_processor = None
+    if config.method.losses != "ce":
+        teacher = AutoModelForImageTextToText.from_pretrained(config.pair.teacher, dtype=torch.bfloat16)
+        teacher_processor = load_processor(config.pair.teacher)
+    return Pair(
+        student=student,
+        teacher=teacher,
+        processor=load_processor(config.pair.student),
+        teacher_processor=teacher_processor,
+    )
+
+
+def check_pair(pair: Pair, records: Sequence[Record]) -> list[str]:
+    """Return why this student cannot learn from this teacher on these records, a line a reason; notes go to ``pair``.
+
+    Looked at are tokenizers, chat templates, placeholders and their number in some records with images, pixels, and the sizes
+    of the output heads.
+    """
+    if pair.teacher is None or pair.teacher_processor is None:
+        return []
+    problems = _tokenizers(pair)
+    problems += _heads(pair)
+    if placeholder_id(pair.teacher, "image") is None or placeholder_id(pair.student, "image") is None:
+        return [*problems, "both models must be vision-language models with an image_token_id in their config"]
+    if problems:
+        return problems
+    return _samples(pair, records)
+
+
+def _tokenizers(pair: Pair) -> list[str]:
+    assert pair.teacher_processor is not None
+    ours, theirs = (p.tokenizer.get_vocab() for p in (pair.processor, pair.teacher_processor))
+    differing = [token for token, index in ours.items() if theirs.get(token) != index]
+    # A placeholder may have another id, or another name, on the other side: it is exchanged.
+    placeholders = {pair.processor.image_token, pair.teacher_processor.image_token}
+    differing = [token for token in differing if token not in placeholders]
+    if not differing:
+        return []
+    shown = ", ".join(f"{token!r} is {ours[token]} and {theirs.get(token)}" for token in differing[:_SHOWN])
+    return [f"the tokenizers must give every token one id, got {len(differing)} that differ: {shown}"]
+
+
+def _heads(pair: Pair) -> list[str]:
+    assert pair.teacher_processor is not None
+    sizes = [len(_head(model).weight) for model in (pair.student, pair.teacher)]
+    used = max(pair.processor.tokenizer.get_vocab().values()) + 1
+    if min(sizes) < used:
+        return [f"both output heads must have the tokenizer's {used} classes, got {sizes[0]} and {sizes[1]}"]
+    if sizes[0] != sizes[1]:
+        pair.vocab_size = min(sizes)
+        pair.notes.append(
+            f"output heads of {sizes[0]:,} and {sizes[1]:,} classes: the first {pair.vocab_size:,} are compared"
+        )
+    return []
+
+
+def _samples(pair: Pair, records: Sequence[Record]) -> list[str]:
+    """Compare what both sides make of some records."""
+    assert pair.teacher_processor is not None
+    with_images = [record for record in records[: 50 * _SAMPLES] if record.images][:_SAMPLES] or list(records[:1])
+    for record in with_images:
+        images = open_images(record)
+        ours, theirs = (p.encode(record.turns, images) for p in (pair.processor, pair.teacher_processor))
+        counts = [
+            int((torch.as_tensor(side["input_ids"]) == placeholder_id(model, "image")).sum())
+            for side, model in ((ours, pair.student), (theirs, pair.teacher))
+        ]
+        where = f"record {record.index} ({record.id!r})"
+        if counts[0] != counts[1]:
+            return [f"both sides must have as many visual tokens, got {counts[0]} and {counts[1]} for {where}"]
+        exchanged = _exchange(torch.as_tensor(ours["input_ids"]), pair)
+        if not torch.equal(exchanged, torch.as_tensor(theirs["input_ids"])):
+            return [
+                f"both sides must write a conversation with the same tokens (their chat templates differ?), got others for {where}"
+            ]
+        for name, value in ours.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                other = theirs.get(name)
+                if not isinstance(other, Tensor) or other.shape != value.shape or not torch.equal(other, value):
+                    return [f"both image processors must give the same {name}, got others for {where}"]
+    return []
+
+
+def _exchange(ids: Tensor, pair: Pair) -> Tensor:
+    ours, theirs = placeholder_id(pair.student, "image"), placeholder_id(pair.teacher, "image")
+    return torch.where(ids == ours, torch.tensor(theirs), ids)
+
+
+def _head(model: nn.Module) -> Any:
+    head = find_output_head(model)
+    if head is None:
+        raise ValueError(f"a model must have an output head (get_output_embeddings()), got {type(model).__name__}")
+    return head
+
+
+def memory_needed(pair: Pair, config: TrainConfig, *, ranks: int) -> dict[str, float]:
+    """Return the bytes that do not depend on the batch, by what holds them, for one process.
+
+    Weights, their gradients and Adam's two moments; FSDP's sharding divides these by the number of ranks. Activations come on top.
+    """
+    size = sum(p.numel() * p.element_size() for p in pair.student.parameters())
+    shared = ranks if config.training.fsdp else 1
+    needed = {"student": size / shared, "its gradients": size / shared, "Adam's moments": 2 * size / shared}
+    if pair.teacher is not None and config.pair.teacher_mode == "online":
+        needed["teacher"] = float(sum(p.numel() * p.element_size() for p in pair.teacher.parameters()))
+    return needed
+
+
+def check_memory(needed: dict[str, float], device: torch.device) -> list[str]:
+    """Return a reason where that is more than a device has free."""
+    if device.type == "cuda":
+        free = float(torch.cuda.mem_get_info(device)[0])
+    else:
+        import psutil
+
+        free = float(psutil.virtual_memory().available)
+        needed = {name: size for name, size in needed.items() if name not in ("student", "teacher")}  # there already
+    total = sum(needed.values())
+    if total <= free:
+        return []
+    listed = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in needed.items())
+    return [
+        f"before any activations {total / 2**30:.1f} GiB are needed on {device} ({listed}), got {free / 2**30:.1f} GiB free: "
+        "shard with --fsdp, train in bfloat16 (--student_dtype), or let the teacher answer beforehand (--teacher_mode precomputed)"
+    ]

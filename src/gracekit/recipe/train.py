@@ -1,0 +1,250 @@
+"""`gracekit train`: distil any vision-language model into a student that learns with INT4, INT8 or plain weights.
+
+Everything that can be refused is refused before the first step: settings, bad records, a pair that does not fit, memory. A run's folder
+holds its settings, so the same command goes on after an interruption from the last whole checkpoint, and a finished run is never
+trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.trainer_callback import ProgressCallback
+
+from gracekit.quant import coverage, prepare_qat, save_qat
+from gracekit.quant.formats.trained import SCALES_FILE
+from gracekit.recipe.batches import ConversationCollator, ConversationDataset
+from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
+from gracekit.recipe.conversations import Conversations, load_conversations
+from gracekit.recipe.distillation import Teacher, has_plain_head
+from gracekit.recipe.environment import environment
+from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
+from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.stages import write_json
+from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset, TeacherStates, compute_states
+from gracekit.recipe.train_config import TrainConfig, parse
+from gracekit.recipe.trainer import GraceTrainer
+
+_SETTINGS, _DONE = "train.json", "training.json"
+_MODEL = "model"
+
+
+def train(config: TrainConfig) -> Path:
+    """Run, or go on with, a training, and return the folder of the trained model.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        ``model`` in the run's folder: as ``save_qat`` writes it (``gracekit export`` takes it from there), or as
+        ``save_pretrained`` does for ``precision="bf16"``, in both cases with the processor.
+
+    Raises:
+        ValueError: bad records, or a pair that does not fit, with all reasons.
+        FileExistsError: the run's folder holds something else.
+    """
+    folder = Path(str(config.training.output_dir))
+    if not open_run(config, folder):
+        return folder / _MODEL
+    set_seed(config.training.seed)
+    records = _records(config, folder)
+    pair = load_pair(config)
+    _check(config, pair, records)
+    records = _check_lengths(config, pair, records, folder)
+    dataset = ConversationDataset(records, pair.processor, config.data.max_length)
+    trainer = make_trainer(config, pair, dataset, folder)
+    _say(trainer, f"{len(records):,} records, {coverage(pair.student) if config.pair.quantiser() else 'no learned scales'}")
+    for note in pair.notes:
+        _say(trainer, note)
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is not None:
+        _say(trainer, f"Going on from {checkpoint}")
+    with progress_bars() as bars:
+        if trainer.is_world_process_zero():
+            task = bars.add_task("train")
+            trainer.add_callback(
+                StepCallback(
+                    lambda step, text: bars.update(task, completed=step, total=trainer.state.max_steps, note=text)
+                )
+            )
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finish(trainer, config, pair, folder)
+    return folder / _MODEL
+
+
+def open_run(config: TrainConfig, folder: Path) -> bool:
+    """Make the run's folder ready; False if it holds a finished run of these settings.
+
+    Raises:
+        FileExistsError: it holds something else, or a run with other settings.
+    """
+    settings = folder / _SETTINGS
+    if settings.is_file():
+        differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
+        if differences:
+            raise FileExistsError(
+                f"output_dir must be a new folder or a run with the same settings, got {str(folder)!r} with other ones "
+                f"(there -> asked for): {'; '.join(differences)}"
+            )
+        return not (folder / _DONE).is_file()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output_dir must be a new or empty folder, got {str(folder)!r}, which holds something else")
+    with config.training.main_process_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.training.should_save:
+            write_json(settings, config.as_dict())
+    return True
+
+
+def _records(config: TrainConfig, folder: Path) -> Conversations:
+    data = config.data
+    return load_conversations(
+        data.data,
+        data.image_folder or None,
+        on_bad_record=data.on_bad_record,
+        bad_records_file=folder / "bad_records.jsonl",
+    )
+
+
+def _check_lengths(config: TrainConfig, pair: Pair, records: Conversations, folder: Path) -> Conversations:
+    return records.check_lengths(pair.processor, config.data.max_length)
+
+
+def _check(config: TrainConfig, pair: Pair, records: Conversations) -> None:
+    problems = check_pair(pair, records)
+    device = config.training.device
+    problems += check_memory(memory_needed(pair, config, ranks=config.training.world_size), device)
+    if problems:
+        raise ValueError("this pair cannot be trained: " + "; ".join(problems))
+
+
+def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, folder: Path) -> GraceTrainer:
+    """Return the trainer of a run, its teacher's answers computed where they are to be."""
+    collate: Any = ConversationCollator(pair.processor, padding_side="right")
+    first = {name: value for name, value in collate([dataset[0]]).items() if name != "labels"}
+    from_hidden = has_plain_head(pair.student, first)
+    teacher, head, data = None, None, dataset
+    if pair.teacher is not None:
+        teacher, from_hidden = _teacher(config, pair, first, from_hidden)
+        if config.pair.teacher_mode == "precomputed":
+            states = _precomputed(config, teacher, dataset, collate, folder)
+            head = states.head()
+            head = head.to(config.training.device) if head is not None else None
+            teacher, pair.teacher = None, None
+            data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
+    quantiser = config.pair.quantiser()
+    if quantiser is not None:
+        prepare_qat(pair.student, quantiser)
+    trainer = GraceTrainer(
+        losses=config.method.losses,
+        objective=config.method.objective(config.method.losses, vocab_size=pair.vocab_size),
+        calibration=config.method.calibration(),
+        relational_warmup=config.method.relational_warmup,
+        teacher=teacher,
+        teacher_head=head,
+        from_hidden=from_hidden,
+        model=pair.student,
+        args=config.training,
+        train_dataset=data,
+        data_collator=collate,
+    )
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden: bool) -> tuple[Teacher, bool]:
+    teacher = Teacher(
+        pair.teacher, pair.student, from_hidden=False, visual=config.method.losses in ("rcka", "grace")
+    )
+    if from_hidden and has_plain_head(pair.teacher, teacher.inputs(first)):
+        teacher = Teacher(pair.teacher, pair.student, from_hidden=True, visual=teacher.reader.visual is not None)
+    device = config.training.device
+    if config.pair.teacher_mode == "offload" and device.type != "cpu":
+        teacher.offload(device)
+    else:
+        teacher.to(device)
+    return teacher, teacher.reader.from_hidden
+
+
+def _precomputed(
+    config: TrainConfig, teacher: Teacher, dataset: ConversationDataset, collate: Any, folder: Path
+) -> TeacherStates:
+    where = Path(config.pair.teacher_states) if config.pair.teacher_states else folder / "teacher_states"
+    about = {
+        "teacher": config.pair.teacher,
+        "student": config.pair.student,
+        "data": config.data.data,
+        "max_length": config.data.max_length,
+        "from_hidden": teacher.reader.from_hidden,
+        "visual": teacher.reader.visual is not None,
+    }
+    training = config.training
+    with progress_bars() as bars:
+        task = bars.add_task("teacher: answer", total=len(dataset)) if training.process_index == 0 else None
+        compute_states(
+            teacher,
+            dataset,
+            collate,
+            where,
+            about,
+            device=training.device,
+            rank=training.process_index,
+            advance=lambda count: bars.advance(task, count) if task is not None else None,
+        )
+    if training.world_size > 1:
+        training.distributed_state.wait_for_everyone()
+    teacher.model.to("cpu")
+    return TeacherStates(where, about)
+
+
+def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path) -> None:
+    """Write the trained model and what was measured, and remove the checkpoints: nothing is left to go on with."""
+    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return
+    model: Any = trainer.model
+    if state is not None:
+        model = load_pair(config).student
+        if config.pair.quantiser() is not None:
+            prepare_qat(model, config.pair.quantiser())
+        model.load_state_dict(state)
+    output = folder / _MODEL
+    shutil.rmtree(output, ignore_errors=True)  # of an interrupted writing
+    if config.pair.quantiser() is not None:
+        save_qat(model, output)
+    else:
+        model.save_pretrained(output)
+    pair.processor.save_pretrained(output)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    done = {"environment": environment(config.training.device), "steps": trainer.state.global_step, "history": log}
+    write_json(folder / _DONE, done)
+    for left in folder.glob("checkpoint-*"):
+        shutil.rmtree(left)
+    kind = f"with its learned scales ({SCALES_FILE})" if config.pair.quantiser() is not None else "in plain weights"
+    _say(trainer, f"Trained: {output}, {kind}")
+
+
+def _say(trainer: GraceTrainer, text: str) -> None:
+    if trainer.is_world_process_zero():
+        say(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Distil a vision-language model into a student with INT4, INT8 or plain weights."""
+    quiet()
+    try:
+        config = parse(list(sys.argv[1:] if arguments is None else arguments))
+        train(config)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"gracekit train: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("Interrupted; the same command goes on from the last checkpoint.")
+        return 130
+    return 0

@@ -1,0 +1,219 @@
+"""What `gracekit train` can be told: four dataclasses, from a preset, a YAML file and flags, the later over the earlier."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from gracekit._checks import check_choice, check_int
+from gracekit.quant import LSQConfig
+from gracekit.recipe.config import LOSSES, GraceConfig, option
+
+PRESETS = ("paper", "released", "small")
+# What may differ when a run is taken up again: where, how fast and how loud, not what is computed.
+_FREE = (
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairConfig:
+    """Which models.
+
+    Args:
+        student: directory or hub name of the model to train.
+        teacher: directory or hub name of the model to learn from; not needed for ``losses="ce"``.
+        precision: of the student's decoder: "int4" and "int8" train learned scales, "bf16" none.
+        group_size: input weights that share a scale.
+        student_dtype: of the weights in training; with "float32" let ``--bf16`` choose what products are computed in.
+        teacher_mode: "online" runs it beside the student; "offload" keeps its weights on the CPU and brings them block by
+            block; "precomputed" lets it answer for the whole data set once, before the student trains, and leave.
+        teacher_states: folder of those answers; empty: ``teacher_states`` in the run's folder.
+    """
+
+    student: str = option("", "directory or hub name of the model to train")
+    teacher: str = option("", "directory or hub name of the model to learn from")
+    precision: Literal["int4", "int8", "bf16"] = option("int4", "of the student's decoder; bf16 trains no scales")
+    group_size: int = option(128, "input weights that share a scale")
+    student_dtype: Literal["float32", "bfloat16"] = option("float32", "of the student's weights in training")
+    teacher_mode: Literal["online", "offload", "precomputed"] = option("online", "how the teacher answers")
+    teacher_states: str = option("", "folder of a precomputed teacher's answers; empty: in the run's folder")
+
+    def __post_init__(self) -> None:
+        if not self.student:
+            raise ValueError("student must name a model, got student=''")
+        check_choice("precision", self.precision, ("int4", "int8", "bf16"))
+        check_int("group_size", self.group_size, low=1)
+        check_choice("student_dtype", self.student_dtype, ("float32", "bfloat16"))
+        check_choice("teacher_mode", self.teacher_mode, ("online", "offload", "precomputed"))
+
+    def quantiser(self) -> LSQConfig | None:
+        """Return the format of the learned weights, or None."""
+        if self.precision == "bf16":
+            return None
+        return LSQConfig(bits=int(self.precision.removeprefix("int")), group_size=self.group_size)
+
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the student's weights."""
+        found: torch.dtype = getattr(torch, self.student_dtype)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data.
+
+    Args:
+        data: conversations in the LLaVA format (JSON, JSONL) or a data set that ``datasets`` saved.
+        image_folder: where relative paths of images start; empty: the folder of ``data``.
+        max_length: tokens of one sample, visual ones included, at most.
+        on_bad_record: "stop" lists all bad records before any training; "skip" leaves them out and writes them to
+            ``bad_records.jsonl`` in the run's folder.
+    """
+
+    data: str = option("", "conversations: JSON, JSONL, or a folder that `datasets` saved")
+    image_folder: str = option("", "where relative paths of images start; empty: the folder of --data")
+    max_length: int = option(2048, "tokens of one sample, visual ones included, at most")
+    on_bad_record: Literal["stop", "skip"] = option("stop", "what to do about bad records")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data must name conversations, got data=''")
+        check_int("max_length", self.max_length, low=2)
+        check_choice("on_bad_record", self.on_bad_record, ("stop", "skip"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(GraceConfig):
+    """The method: what the built-in recipe has, and which parts of it.
+
+    Args:
+        losses: "ce" the answers alone, "kl" and a plain KL divergence to the teacher, "gdkd" and the gated distillation, "rcka" and
+            the relational part alone, "grace" everything.
+        relational_warmup: optimiser steps over which omega rises from 0.
+    """
+
+    losses: str = option("grace", f"one of: {' '.join(LOSSES)}")
+    relational_warmup: int = option(0, "optimiser steps over which omega rises from 0")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("losses", self.losses, LOSSES)
+        check_int("relational_warmup", self.relational_warmup, low=0)
+
+
+@dataclass
+class TrainArguments(TrainingArguments):  # type: ignore[misc]
+    """transformers' TrainingArguments, with the columns of a batch left alone and TensorBoard on."""
+
+    output_dir: str | None = option("runs/train", "folder of this run; resumed if it holds an unfinished one")
+    remove_unused_columns: bool | None = option(False, "")
+    report_to: str | None = option("tensorboard", "tensorboard, wandb, trackio, ... or none")
+    save_total_limit: int | None = option(2, "checkpoints to keep")
+    logging_steps: float = option(10, "optimiser steps between two log entries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run of `gracekit train`."""
+
+    pair: PairConfig
+    data: DataConfig
+    method: MethodConfig
+    training: TrainArguments
+
+    def __post_init__(self) -> None:
+        if self.method.losses != "ce" and not self.pair.teacher:
+            raise ValueError(f"teacher must name a model for losses={self.method.losses!r}, got teacher=''")
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return the settings as plain values, by the name of their part."""
+        training = {k: v for k, v in json.loads(self.training.to_json_string()).items() if k not in ("output_dir",)}
+        return {
+            "pair": asdict(self.pair),
+            "data": asdict(self.data),
+            "method": asdict(self.method),
+            "training": training,
+        }
+
+    def differences(self, other: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Return "name: theirs -> ours" for every setting that changes what is trained and differs."""
+        found = []
+        for part, mine in self.as_dict().items():
+            theirs = other.get(part, {})
+            for name in sorted(set(mine) & set(theirs) - set(_FREE)):
+                if mine[name] != theirs[name]:
+                    found.append(f"{name}: {theirs[name]!r} -> {mine[name]!r}")
+        return found
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return the settings of a named preset."""
+    check_choice("preset", name, PRESETS)
+    text = (files("gracekit.recipe") / "assets" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """Return the settings of a command line: ``[FILE.yaml] [--preset NAME] [--option value ...]``.
+
+    Raises:
+        ValueError: an unknown option, or one out of range.
+        FileNotFoundError: there is no such file.
+    """
+    given = list(arguments)
+    settings: dict[str, Any] = {}
+    if given and not given[0].startswith("-"):
+        settings = _read(Path(given.pop(0)))
+    name = settings.pop("preset", "paper")
+    if "--preset" in given:
+        place = given.index("--preset")
+        name = given[place + 1] if place + 1 < len(given) else ""
+        del given[place : place + 2]
+    parser = HfArgumentParser(
+        (PairConfig, DataConfig, MethodConfig, TrainArguments),
+        prog="gracekit train",
+        usage="%(prog)s [FILE.yaml] [--preset {paper,released,small}] [--option value ...]",
+        description="Distil a vision-language model into a student with INT4, INT8 or plain weights.",
+    )
+    parts = parser.parse_args_into_dataclasses(
+        args=[*_flags(preset(name)), *_flags(settings), *given], look_for_args_file=False
+    )
+    pair, data, method, training = parts
+    return TrainConfig(pair=pair, data=data, method=method, training=training)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"the settings file must be a mapping of option to value, got {type(found).__name__} in {path}")
+    return found
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Spell settings as a command line does."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *map(str, values)]
+    return flags
