@@ -1,0 +1,110 @@
+"""Settings of `gracekit train`: presets, a file and flags, the later over the earlier; bad ones are refused by name."""
+
+import json
+
+import pytest
+import yaml
+
+from gracekit.recipe.train_config import PRESETS, parse, preset
+
+NEEDED = ["--student", "s", "--teacher", "t", "--data", "d.json", "--use_cpu", "true"]
+
+
+def test_presets_are_the_published_settings():
+    paper = parse([*NEEDED, "--preset", "paper"])
+    assert (paper.method.tau, paper.method.eta, paper.method.omega) == ("0.35", 0.0015, 1.0)
+    assert (paper.method.beta_initial, paper.method.beta_min, paper.method.beta_max) == (1.0, 0.1, 5.0)
+    assert (paper.training.learning_rate, paper.training.weight_decay, paper.training.warmup_steps) == (
+        1e-5,
+        1e-3,
+        0.03,
+    )
+    assert (paper.training.num_train_epochs, paper.training.max_grad_norm) == (3, 1.0)
+    released = parse([*NEEDED, "--preset", "released"])
+    assert (released.method.tau, released.method.eta, released.method.omega) == ("3.0", 0.003, 3.0)
+    assert (released.method.beta_initial, released.method.beta_max, released.method.relational_warmup) == (
+        0.5,
+        1.0,
+        400,
+    )
+
+
+def test_the_small_preset_is_the_built_in_run():
+    from gracekit.recipe.config import GraceConfig, TrainConfig
+
+    small, grace, train = parse([*NEEDED, "--preset", "small"]), GraceConfig(), TrainConfig()
+    for name in (
+        "eta",
+        "beta_initial",
+        "beta_min",
+        "beta_max",
+        "ema_decay",
+        "omega",
+        "temperature",
+        "alpha",
+        "beta_dkd",
+    ):
+        assert getattr(small.method, name) == getattr(grace, name), name
+    assert float(small.method.tau) == float(grace.tau)
+    assert small.training.learning_rate == train.learning_rate
+    assert small.training.max_steps == train.steps + train.finish
+    assert small.training.per_device_train_batch_size == train.batch_size
+    assert small.pair.group_size == train.group_size
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_setting_of_a_preset_is_an_option(name):
+    config = parse([*NEEDED, "--preset", name]).as_dict()
+    known = {key for part in config.values() for key in part}
+    assert set(preset(name)) <= known
+
+
+def test_a_file_goes_over_its_preset_and_flags_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "student": "s",
+                "teacher": "t",
+                "data": "d",
+                "use_cpu": True,
+                "preset": "released",
+                "omega": 2.0,
+                "eta": 0.01,
+            }
+        )
+    )
+    config = parse([str(path), "--eta", "0.02", "--learning_rate", "2e-5"])
+    assert (config.method.omega, config.method.eta, config.method.tau) == (2.0, 0.02, "3.0")
+    assert config.training.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus", "1"], "--bogus"),
+        (["--preset", "best"], "preset must be one of"),
+        (["--losses", "mse"], "losses must be one of"),
+        (["--tau", "small"], "tau must be a number or 'auto', got tau='small'"),
+        (["--max_length", "1"], "max_length must be at least 2, got max_length=1"),
+        (["--teacher", ""], "teacher must name a model for losses='grace'"),
+        (["--student", ""], "student must name a model"),
+        (["--relational_warmup", "-1"], "relational_warmup must be at least 0"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse([*NEEDED, *arguments])
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="must be a mapping of option to value, got list"):
+        parse([str(tmp_path / "list.yaml")])
+
+
+def test_only_settings_that_change_the_result_make_another_run():
+    first = json.loads(json.dumps(parse(NEEDED).as_dict()))
+    assert parse([*NEEDED, "--logging_steps", "3", "--dataloader_num_workers", "2"]).differences(first) == []
+    differences = parse([*NEEDED, "--omega", "4", "--seed", "1"]).differences(first)
+    assert differences == ["omega: 1.0 -> 4.0", "seed: 42 -> 1"]
