@@ -84,7 +84,7 @@ def test_codes_of_a_float32_run_survive_a_change_of_dtype(run, tmp_path):
         (["quantize", "{folder}", "--bits", "9"], "bits must be at least 2 and at most 8, got bits=9"),
         (["quantize", "{folder}", "--bits", "3", "--group-size", "32"], "needs bits=4 or bits=8, got bits=3"),
         (["quantize", "{tmp}"], "got no config.json in"),
-        (["export", "{folder}"], "got no learned_scales.safetensors in"),
+        (["export", "{folder}"], "must hold one model with learned scales, or be its folder, got none in"),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_written(folder, tmp_path, arguments, match, capsys):
@@ -110,3 +110,22 @@ def test_a_folder_of_an_unknown_class_is_refused(folder, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps(described))
     assert main(["quantize", str(folder), "--format", "awq", "--output", str(tmp_path / "out")]) == 2
     assert "under architectures, got ['NoSuchModel']" in capsys.readouterr().err
+
+
+def test_a_run_is_exported_by_its_own_folder_unless_it_holds_several_models(run, tmp_path, capsys):
+    _, trained = run
+    whole = tmp_path / "whole"
+    (whole / "models").mkdir(parents=True)
+    trained.rename(whole / "models" / "grace-int4-qat")
+    output = ["--format", "torchao", "--output"]
+    assert main(["export", str(whole), *output, str(tmp_path / "a")]) == 0
+    assert "model.safetensors" in files(tmp_path / "a")
+    model = tiny_llava(seed=2)
+    prepare_qat(model, LSQConfig(group_size=32))
+    save_qat(model, whole / "models" / "ce-int4-qat")
+    assert main(["export", str(whole), *output, str(tmp_path / "b")]) == 2
+    message = capsys.readouterr().err
+    assert "must hold one model with learned scales" in message
+    assert "ce-int4-qat" in message
+    assert main(["export", str(tmp_path / "a"), *output, str(tmp_path / "c")]) == 2
+    assert "got none in" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from gracekit.quant import (
     load_qat,
     quantize_rtn,
 )
+from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.progress import quiet, say
 
 EXPORTS = {"compressed-tensors": export_compressed_tensors, "awq": export_awq}
@@ -54,6 +55,19 @@ def load(folder: Path) -> Any:
     if not kinds:
         raise ValueError(f"config.json must name a class of transformers under architectures, got {names} in {folder}")
     return kinds[0].from_pretrained(folder, dtype="auto").eval()
+
+
+def trained_folder(run: Path) -> Path:
+    """Return the folder of save_qat that a run holds: itself, or the one below ``model`` or ``models``.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    found = [path.parent for pattern in ("", "model/", "models/*/") for path in run.glob(pattern + SCALES_FILE)]
+    if len(found) != 1:
+        names = ", ".join(str(path) for path in sorted(found)) or "none"
+        raise ValueError(f"RUN_DIR must hold one model with learned scales, or be its folder, got {names} in {run}")
+    return found[0]
 
 
 def write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype | None) -> None:
@@ -105,11 +119,13 @@ def quantize(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(arguments: Sequence[str] | None = None) -> int:
-    """Write a model trained with learned scales, as save_qat left it, for an engine."""
-    parser = _parser("export", "RUN_DIR", "folder that gracekit.quant.save_qat wrote", export.__doc__)
+    """Write a model trained with learned scales for an engine."""
+    text = "folder of a run of `gracekit train` or `gracekit recipe`, or of gracekit.quant.save_qat"
+    parser = _parser("export", "RUN_DIR", text, export.__doc__)
     given = parser.parse_args(arguments)
 
     def act() -> Any:
+        given.folder = trained_folder(given.folder)
         model = load(given.folder)
         load_qat(model, given.folder)
         return model
