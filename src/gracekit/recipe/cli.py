@@ -92,10 +92,17 @@ def quantize(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(arguments: Sequence[str] | None = None) -> int:
-    """Write a model trained with learned scales, as save_qat left it, for an engine."""
+    """Write a model trained with learned scales for an engine."""
     from gracekit.recipe.quantize import export as export_main
 
     return export_main(arguments)
+
+
+def ablate(arguments: Sequence[str] | None = None) -> int:
+    """Run the paper's ablations at the recipe's scale, over several seeds."""
+    from gracekit.recipe.ablate import main as ablate_main
+
+    return ablate_main(arguments)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
@@ -105,6 +112,7 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "inspect": inspect,
     "quantize": quantize,
     "export": export,
+    "ablate": ablate,
 }
 HUB = ("train",)  # commands that take names of a hub
 

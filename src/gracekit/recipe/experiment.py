@@ -48,6 +48,7 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     teacher: TeacherOutputs
     bars: Progress
+    held_out: TeacherOutputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,27 +91,50 @@ def open_folder(config: RecipeConfig) -> Path | None:
     return folder
 
 
+def open_run(config: RecipeConfig, folder: Path, bars: Progress, *, held_out: bool = False) -> Run:
+    """Return what all students of a run need, with the teacher's answers to the training set.
+
+    Args:
+        config: of the run.
+        folder: where the teacher's answers are kept.
+        bars: to show progress in.
+        held_out: have the teacher read the test questions too.
+    """
+    device = config.run.torch_device()
+    teacher, tokenizer = load_teacher(config.run.teacher)
+    train = load_easy_vqa("train", config.run.train_images)
+    test = load_easy_vqa("test", config.run.test_images)
+    teacher.to(device)
+    return Run(
+        config,
+        folder,
+        device,
+        train,
+        test,
+        tokenizer,
+        _teacher_outputs(teacher, train, tokenizer, folder / "stages" / "teacher.safetensors", bars),
+        bars,
+        _teacher_outputs(teacher, test, tokenizer, folder / "stages" / "teacher-test.safetensors", bars)
+        if held_out
+        else None,
+    )
+
+
 def run_recipe(config: RecipeConfig, folder: Path) -> dict[str, Any]:
     """Run, or go on with, a recipe in its folder and return its results."""
-    device = config.run.torch_device()
     clock = Clock(folder / "seconds.json")
     with progress_bars() as bars:
         with clock("teacher"):
-            teacher, tokenizer = load_teacher(config.run.teacher)
-            train = load_easy_vqa("train", config.run.train_images)
-            test = load_easy_vqa("test", config.run.test_images)
-            outputs = _teacher_outputs(teacher.to(device), train, tokenizer, folder, bars)
-            del teacher
-        run = Run(config, folder, device, train, test, tokenizer, outputs, bars)
+            run = open_run(config, folder, bars)
         variants = [teacher_variant(config.run.teacher)]
         for losses in config.run.losses:
             student = Student(name=losses, losses=losses, grace=config.grace, precisions=(FULL, RTN, QAT))
             variants += train_student(run, student, clock)
     return {
-        "environment": environment(device),
+        "environment": environment(run.device),
         "config": config.as_dict() | {"student": asdict(STUDENT), "finish_steps": config.train.finish},
         "variants": variants,
-        "questions": len(test.questions),
+        "questions": len(run.test.questions),
         "seconds": clock.seconds,
     }
 
@@ -256,16 +280,15 @@ def kernel_name(model: nn.Module) -> str:
 
 def _teacher_outputs(
     teacher: LlavaForConditionalGeneration,
-    train: VqaSplit,
+    split: VqaSplit,
     tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
+    path: Path,
     bars: Progress,
 ) -> TeacherOutputs:
-    path = folder / "stages" / "teacher.safetensors"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        task = bars.add_task("teacher: read the training set", total=len(train.images))
-        outputs = teacher_outputs(teacher, train, tokenizer, advance=lambda count: bars.advance(task, count))
+        task = bars.add_task(f"teacher: read {len(split.questions):,} questions", total=len(split.images))
+        outputs = teacher_outputs(teacher, split, tokenizer, advance=lambda count: bars.advance(task, count))
         part = path.with_name(path.name + ".part")
         save_file({"logits": outputs.logits, "visual_tokens": outputs.visual_tokens}, part)
         part.replace(path)

@@ -46,7 +46,8 @@ def token_entropy(logits: Tensor) -> Tensor:
         (...), in [0, log V].
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return torch.special.entr(logits.softmax(-1)).sum(-1)
+    entropy: Tensor = torch.special.entr(logits.softmax(-1)).sum(-1)
+    return entropy
 
 
 def gate_ground(entropy: Tensor, wrong: Tensor, *, bins: int = 15) -> GateGround:

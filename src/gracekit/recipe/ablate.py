@@ -1,0 +1,243 @@
+"""`gracekit ablate`: the paper's ablations at the scale of the recipe, over several seeds, each cell a run of the recipe's stages.
+
+Which losses help (the paper's table 3): cross-entropy, with GDKD at a fixed beta, with RCKA, with GDKD under the controller, with
+all. What quantisation costs (table 4): QAT alone, with naive distillation, with GRACE, at several widths; and round-to-nearest
+of every BF16 student. Students of one seed start from the same weights and see the same data in the same order, so their
+differences are paired.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gracekit._checks import check_int
+from gracekit.recipe.config import GraceConfig, RecipeConfig, RunConfig, TrainConfig, option
+from gracekit.recipe.data import encode
+from gracekit.recipe.environment import environment
+from gracekit.recipe.experiment import FULL, Clock, Run, Student, open_folder, open_run, teacher_variant, train_student
+from gracekit.recipe.gate_ground import gate_ground, token_entropy
+from gracekit.recipe.models import STUDENT, teacher_folder
+from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.stages import write_json
+
+# Name of a student: its losses, and whether it is also trained with quantised weights.
+METHODS = {
+    "ce": ("ce", True),
+    "gdkd-fixed": ("gdkd", False),
+    "rcka": ("rcka", False),
+    "gdkd": ("gdkd", False),
+    "grace": ("grace", True),
+    "kl": ("kl", True),
+}
+_KEPT = ("ce", "kl", "gdkd", "rcka", "beta", "ema", "tau", "saturated_share", "rcka_gradient_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions:
+    """What is compared.
+
+    Args:
+        seeds: a run each; more may be added to a folder later.
+        bits: widths of the weights, in the loop of training and rounded to nearest.
+        rtn_bits: further widths, rounded to nearest alone.
+        bins: of the teacher's entropy, with equally many answers each.
+    """
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "a run each"})
+    bits: list[int] = field(
+        default_factory=lambda: [4, 8], metadata={"help": "widths, trained in the loop and rounded"}
+    )
+    rtn_bits: list[int] = field(default_factory=list, metadata={"help": "further widths, rounded to nearest alone"})
+    bins: int = option(15, "bins of the teacher's entropy")
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "bits"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one, got {name}=[]")
+        for name, low, high in (("seeds", 0, None), ("bits", 2, 8), ("rtn_bits", 2, 8)):
+            for value in getattr(self, name):
+                check_int(name, value, low=low, high=high)
+        for name, values in {"seeds": self.seeds, "bits and rtn_bits": [*self.bits, *self.rtn_bits]}.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must name each value once, got {values}")
+        check_int("bins", self.bins, low=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig(RecipeConfig):
+    """A whole ablation: the settings of its runs, and what is compared."""
+
+    ablation: AblationOptions = field(default_factory=AblationOptions)
+
+    def __post_init__(self) -> None:
+        for name, given in (("seed", self.run.seed), ("losses", self.run.losses)):
+            if given != getattr(RunConfig(), name):
+                raise ValueError(f"{name} is what an ablation goes through (give --seeds), got {name}={given!r}")
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """Return the settings that change results and differ; a folder may be given more seeds."""
+        return [found for found in super().differences(other) if not found.startswith("ablation.seeds:")]
+
+    def students(self) -> list[Student]:
+        """Return the students of one seed."""
+        options = self.ablation
+        rounded = [f"int{bits}-rtn" for bits in sorted([*options.bits, *options.rtn_bits], reverse=True)]
+        trained = [f"int{bits}-qat" for bits in sorted(options.bits, reverse=True)]
+        return [
+            Student(
+                name=name,
+                losses=losses,
+                grace=replace(self.grace, eta=0.0) if name == "gdkd-fixed" else self.grace,
+                precisions=(FULL, *rounded, *(trained if quantised else ())),
+            )
+            for name, (losses, quantised) in METHODS.items()
+        ]
+
+
+def parse(arguments: Sequence[str] | None) -> AblationConfig:
+    """Return the settings of a command line; a bad one ends the program with a line that says why."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (AblationOptions, RunConfig, TrainConfig, GraceConfig), prog="gracekit ablate", description=main.__doc__
+    )
+    parser.set_defaults(output="runs/ablation")
+    try:
+        ablation, run, train, grace = parser.parse_args_into_dataclasses(args=arguments)
+        config = AblationConfig(ablation=ablation, run=run, train=train, grace=grace)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return config
+
+
+def run_ablation(config: AblationConfig, folder: Path) -> dict[str, Any]:
+    """Run, or go on with, an ablation in its folder and return its results."""
+    clock = Clock(folder / "seconds.json")
+    with progress_bars() as bars, clock("teacher"):
+        run = open_run(config, folder, bars, held_out=True)
+    variants = [teacher_variant(config.run.teacher)]
+    seconds = dict(clock.seconds)
+    plan = [(seed, student) for seed in config.ablation.seeds for student in config.students()]
+    for turn, (seed, student) in enumerate(plan, start=1):
+        say(f"Seed {seed}, {student.name} ({turn} of {len(plan)})")
+        home = folder / f"seed-{seed}"
+        home.mkdir(exist_ok=True)
+        own = Clock(home / "seconds.json")
+        with progress_bars() as bars:
+            settings = RecipeConfig(run=replace(config.run, seed=seed), train=config.train, grace=student.grace)
+            found = train_student(replace(run, config=settings, folder=home, bars=bars), student, own)
+        variants += [_cell(run, student, variant, home) for variant in found]
+        seconds[f"seed-{seed}"] = round(sum(own.seconds.values()), 2)
+    results: dict[str, Any] = without_nan(
+        {
+            "environment": environment(run.device),
+            "config": config.as_dict() | {"student": asdict(STUDENT), "finish_steps": config.train.finish},
+            "variants": variants,
+            "questions": len(run.test.questions),
+            "gate_ground": teacher_ground(run, config.ablation.bins),
+            "seconds": seconds,
+        }
+    )
+    return results
+
+
+def _cell(run: Run, student: Student, variant: dict[str, Any], home: Path) -> dict[str, Any]:
+    """Return a variant with the questions it has right, and the end of its history in place of all of it."""
+    answers = json.loads((home / "answers" / f"{variant['name']}.json").read_text(encoding="utf-8"))["answers"]
+    right = [given == question.answer for given, question in zip(answers, run.test.questions, strict=True)]
+    last = variant.pop("history")[-1]
+    end = {name: last[name] for name in _KEPT if name in last}
+    return variant | {"method": student.name, "end": end, "right": pack(right)}
+
+
+def pack(right: Sequence[bool]) -> str:
+    """Return a vector of right (1) and wrong (0) as hexadecimal digits, four questions each, zeros at the end.
+
+    Example:
+        >>> pack([True, False, False, True, True])
+        '98'
+    """
+    text = "".join("1" if value else "0" for value in right)
+    text += "0" * (-len(text) % 4)
+    return "".join(f"{int(text[i : i + 4], 2):x}" for i in range(0, len(text), 4))
+
+
+def unpack(digits: str, count: int) -> list[bool]:
+    """Return what :func:`pack` was given.
+
+    Example:
+        >>> unpack("98", 5)
+        [True, False, False, True, True]
+    """
+    return [bit == "1" for digit in digits for bit in f"{int(digit, 16):04b}"][:count]
+
+
+def teacher_ground(run: Run, bins: int) -> dict[str, Any]:
+    """Return how the teacher's entropy and its errors on the test questions go together, by answer and by token.
+
+    An answer's entropy is the sum over its tokens, its end included; it is wrong if the likeliest class of one of them is.
+    """
+    assert run.held_out is not None
+    answered = encode(run.tokenizer, [question.answer for question in run.test.questions])
+    rows = [[*ids, run.tokenizer.eos_token_id] for ids in answered]
+    targets = torch.tensor([token for row in rows for token in row])
+    logits = run.held_out.logits
+    entropy, wrong = token_entropy(logits), logits.argmax(-1) != targets
+    answer = torch.tensor([index for index, row in enumerate(rows) for _ in row])
+    by_answer = torch.zeros(len(rows)).index_add(0, answer, entropy)
+    answer_wrong = torch.zeros(len(rows)).index_add(0, answer, wrong.float()) > 0
+    return {
+        "answers": asdict(gate_ground(by_answer, answer_wrong, bins=min(bins, len(rows)))),
+        "tokens": asdict(gate_ground(entropy, wrong, bins=min(bins, len(rows)))),
+    }
+
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON value with None in the place of each NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the paper's ablations at the recipe's scale, over several seeds; 0 when their report stands."""
+    from gracekit.recipe.ablation_report import compare, write_report
+
+    quiet()
+    config = parse(arguments)
+    output = Path(config.run.output)
+    try:
+        teacher_folder(config.run.teacher)
+        finished = open_folder(config) is None
+    except (ValueError, FileExistsError) as error:
+        print(f"gracekit ablate: error: {error}", file=sys.stderr)
+        return 2
+    if finished:
+        done = json.loads((output / "results.json").read_text(encoding="utf-8"))["config"]["ablation"]["seeds"]
+        if set(config.ablation.seeds) <= set(done):
+            say(f"This ablation is finished; nothing was done. Its report: {output / 'ablation.md'}")
+            return 0
+        missing = [seed for seed in config.ablation.seeds if seed not in done]
+        config = replace(config, ablation=replace(config.ablation, seeds=[*done, *missing]))
+    write_json(output / "config.json", config.as_dict())
+    try:
+        results = run_ablation(config, output)
+    except KeyboardInterrupt:
+        say("Interrupted; the same command goes on from the last checkpoint.")
+        return 130
+    results |= {"comparisons": without_nan(compare(results))}
+    write_report(output, results)
+    # Last, because this file is what makes the ablation a finished one.
+    write_json(output / "results.json", results)
+    say(f"Report: {output / 'ablation.md'}, {output / 'ablation.png'}; results: {output / 'results.json'}")
+    return 0
