@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gracekit._checks import check_int
+from gracekit._checks import check_choice, check_int
 from gracekit.recipe.config import GraceConfig, RecipeConfig, RunConfig, TrainConfig, option
 from gracekit.recipe.data import encode
 from gracekit.recipe.environment import environment
@@ -46,12 +46,16 @@ class AblationOptions:
 
     Args:
         seeds: a run each; more may be added to a folder later.
+        students: names of METHODS.
         bits: widths of the weights, in the loop of training and rounded to nearest.
         rtn_bits: further widths, rounded to nearest alone.
         bins: of the teacher's entropy, with equally many answers each.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "a run each"})
+    students: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": f"what is trained, of: {' '.join(METHODS)}"}
+    )
     bits: list[int] = field(
         default_factory=lambda: [4, 8], metadata={"help": "widths, trained in the loop and rounded"}
     )
@@ -59,13 +63,16 @@ class AblationOptions:
     bins: int = option(15, "bins of the teacher's entropy")
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "bits"):
+        for name in ("seeds", "students", "bits"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one, got {name}=[]")
         for name, low, high in (("seeds", 0, None), ("bits", 2, 8), ("rtn_bits", 2, 8)):
             for value in getattr(self, name):
                 check_int(name, value, low=low, high=high)
-        for name, values in {"seeds": self.seeds, "bits and rtn_bits": [*self.bits, *self.rtn_bits]}.items():
+        for name in self.students:
+            check_choice("students", name, METHODS)
+        widths = [*self.bits, *self.rtn_bits]
+        for name, values in {"seeds": self.seeds, "students": self.students, "bits and rtn_bits": widths}.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must name each value once, got {values}")
         check_int("bins", self.bins, low=2)
@@ -99,6 +106,7 @@ class AblationConfig(RecipeConfig):
                 precisions=(FULL, *rounded, *(trained if quantised else ())),
             )
             for name, (losses, quantised) in METHODS.items()
+            if name in options.students
         ]
 
 

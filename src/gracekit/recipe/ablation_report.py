@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,21 @@ def label(cell: Cell) -> str:
     return f"{LABELS[cell[0]]}, {cell[1].replace('-', ' ').upper()}"
 
 
-def pairs(results: dict[str, Any]) -> list[tuple[Cell, Cell]]:
-    """Return the comparisons that are made, the same for every run: what each part adds, and what quantisation costs."""
-    found: list[tuple[Cell, Cell]] = [
+def pairs(found: Collection[Cell]) -> list[tuple[Cell, Cell]]:
+    """Return the comparisons that are made of some cells: what each part adds, and what quantisation costs.
+
+    Which they are does not depend on results, so that none can be picked for its p value.
+    """
+    made: list[tuple[Cell, Cell]] = [
         ((first, FULL), (second, FULL))
         for first, second in (
             ("gdkd-fixed", "ce"), ("rcka", "ce"), ("gdkd", "gdkd-fixed"), ("grace", "gdkd"), ("grace", "ce"),
             ("kl", "ce"), ("grace", "kl"),
         )
     ]  # fmt: skip
-    for bits in sorted(results["config"]["ablation"]["bits"]):
-        rtn, qat = f"int{bits}-rtn", f"int{bits}-qat"
-        found += [
+    for qat in reversed([precision for precision in precisions_of(found) if precision.endswith("-qat")]):
+        rtn = qat.replace("-qat", "-rtn")
+        made += [
             (("ce", rtn), ("ce", FULL)),
             (("ce", qat), ("ce", rtn)),
             (("kl", qat), ("ce", qat)),
@@ -62,7 +65,7 @@ def pairs(results: dict[str, Any]) -> list[tuple[Cell, Cell]]:
             (("grace", qat), ("grace", rtn)),
             (("grace", qat), ("grace", FULL)),
         ]
-    return found
+    return [pair for pair in made if set(pair) <= set(found)]
 
 
 def cells(results: dict[str, Any]) -> dict[Cell, dict[int, dict[str, Any]]]:
@@ -87,7 +90,7 @@ def compare(results: dict[str, Any]) -> list[dict[str, Any]]:
     """
     by_cell, count = cells(results), results["questions"]
     rows: list[dict[str, Any]] = []
-    for first, second in pairs(results):
+    for first, second in pairs(by_cell):
         one, other = by_cell[first], by_cell[second]
         differences = [one[seed]["accuracy"] - other[seed]["accuracy"] for seed in sorted(one)]
         interval = mean_interval(differences)
@@ -120,13 +123,14 @@ def markdown(results: dict[str, Any]) -> str:
     options = results["config"]["ablation"]
     teacher = next(variant for variant in results["variants"] if variant["name"] == "teacher")
     precisions = precisions_of(by_cell)
+    methods = [method for method in METHODS if (method, FULL) in by_cell]
     head = (
         f"Accuracy in per cent on {results['questions']:,} questions about unseen images: mean over the seeds "
         f"{', '.join(map(str, options['seeds']))} ± the 95 % interval of Student's t. Teacher: "
         f"{_percent(teacher['accuracy'])} of {teacher['questions']:,} questions."
     )
     accuracy = [
-        [LABELS[method], *(_mean(by_cell.get((method, precision))) for precision in precisions)] for method in METHODS
+        [LABELS[method], *(_mean(by_cell.get((method, precision))) for precision in precisions)] for method in methods
     ]
     titles = ["Student", *(precision.replace("-", " ").upper() for precision in precisions)]
     tests = [
@@ -140,7 +144,7 @@ def markdown(results: dict[str, Any]) -> str:
     ]
     beta = [
         [LABELS[method], f"{_average(ends, 'beta'):.2f}", f"{100 * _average(ends, 'saturated_share'):.0f}"]
-        for method in METHODS
+        for method in methods
         if "beta" in (ends := [variant["end"] for variant in by_cell[method, FULL].values()])[0]
     ]
     ground = [
@@ -159,8 +163,12 @@ def markdown(results: dict[str, Any]) -> str:
         "Paired differences in points (p over the seeds; in brackets after Holm's correction over this table), and in how many "
         "seeds McNemar's exact test over the questions is below 0.05 after Holm's correction:",
         table(["Difference", "Points", "t test", "Sign flips", "McNemar"], tests),
-        "The multiplier at the end of the BF16 finish, and the share of steps in which it sat on a bound:",
-        table(["Student", "beta", "On a bound, %"], beta),
+        *(
+            ["The multiplier at the end of the BF16 finish, and the share of steps in which it sat on a bound:"]
+            if beta
+            else []
+        ),
+        *([table(["Student", "beta", "On a bound, %"], beta)] if beta else []),
         f"The teacher's entropy against its errors on the test questions ({len(results['gate_ground']['answers']['bins'])} bins):",
         table(["By", "Count", "Wrong, %", "Pearson", "Binned R²"], ground),
     ]
@@ -184,13 +192,14 @@ def plot(results: dict[str, Any]) -> Any:
     """Return the figure: losses in BF16, precisions of the quantised students, and the teacher's entropy against its errors."""
     by_cell = cells(results)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for place, method in enumerate(METHODS):
+    methods = [method for method in METHODS if (method, FULL) in by_cell]
+    for place, method in enumerate(methods):
         _mark(left, place, by_cell[method, FULL], _colour(method))
-    left.set_xticks(range(len(METHODS)), [LABELS[method].replace(", ", "\n") for method in METHODS], fontsize=7)
+    left.set_xticks(range(len(methods)), [LABELS[method].replace(", ", "\n") for method in methods], fontsize=7)
     left.set(title="Losses, BF16", ylabel="accuracy, %")
-    trained = [method for method, (_, quantised) in METHODS.items() if quantised]
+    trained = [method for method in methods if METHODS[method][1]]
     shown = precisions_of(by_cell)
-    for shift, method in zip((-0.15, 0.0, 0.15), trained, strict=True):
+    for shift, method in zip((-0.15, 0.0, 0.15), trained, strict=False):
         for place, precision in enumerate(shown):
             name = LABELS[method] if not place else None
             _mark(middle, place + shift, by_cell[method, precision], _colour(method), name)

@@ -22,7 +22,7 @@ _OPTION_INLINE = re.compile(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|$)", re.MULTILI
 # A small letter counts at the end alone: in "the answer is a dog" it is an article.
 _STATED = re.compile(r"(?i:answer|option|choice)(?i:\s+is)?\s*:?[\s*]*\(?([A-Z]|[a-z](?=\W*$))(?![\w'])")
 _LEADING = re.compile(r"^\W*([A-Za-z])(?:[.):](?!\w)|\W*$)")
-_ALONE = re.compile(r"(?<![\w'])(?!A (?!and|or)[a-z])([A-Z])(?![\w'])")
+_ALONE = re.compile(r"(?<![\w'])(?!A (?!(?:and|or)\b)[a-z])([A-Z])(?![\w'])")
 
 
 def normalise(text: str) -> str:
