@@ -13,7 +13,7 @@ from gracekit._structure import find_output_head
 from gracekit.recipe.conversations import Record, open_images
 from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.train_config import TrainConfig
-from gracekit.vlm.families import placeholder_id
+from gracekit.vlm.families import placeholder_id, require_image_token_id
 
 _SAMPLES = 4  # records whose tokens both sides are compared on
 _SHOWN = 3
@@ -114,7 +114,7 @@ def _samples(pair: Pair, records: Sequence[Record]) -> list[str]:
         images = open_images(record)
         ours, theirs = (p.encode(record.turns, images) for p in (pair.processor, pair.teacher_processor))
         counts = [
-            int((torch.as_tensor(side["input_ids"]) == placeholder_id(model, "image")).sum())
+            int((torch.as_tensor(side["input_ids"]) == require_image_token_id(model)).sum())
             for side, model in ((ours, pair.student), (theirs, pair.teacher))
         ]
         where = f"record {record.index} ({record.id!r})"
@@ -134,7 +134,7 @@ def _samples(pair: Pair, records: Sequence[Record]) -> list[str]:
 
 
 def _exchange(ids: Tensor, pair: Pair) -> Tensor:
-    ours, theirs = placeholder_id(pair.student, "image"), placeholder_id(pair.teacher, "image")
+    ours, theirs = require_image_token_id(pair.student), require_image_token_id(pair.teacher)
     return torch.where(ids == ours, torch.tensor(theirs), ids)
 
 

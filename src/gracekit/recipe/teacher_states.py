@@ -1,8 +1,8 @@
 """A teacher's answers for a whole data set, on disk: it answers once, and students train without it.
 
 For each sample there are the hidden states that its output head takes at supervised tokens (T, d) and its visual tokens (sum n, d),
-a few hundred kilobytes; where the head is more than one product, logits (T, V) take the place of the hidden states. Shards are written
-beside and renamed, so a computation that was interrupted goes on with the first one that is missing.
+a few megabytes for a model of 7 billion weights; where the head is more than one product, logits (T, V) take the place of the hidden
+states. Shards are written beside and renamed, so a computation that was interrupted goes on with the first one that is missing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -27,10 +27,18 @@ _ABOUT, _HEAD = "states.json", "head.safetensors"
 _PREFIX = "teacher_"
 
 
+class Samples(Protocol):
+    """Encoded samples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 def compute_states(
     teacher: Teacher,
-    dataset: Sequence[Mapping[str, Any]],
-    collate: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+    dataset: Samples,
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
     folder: Path,
     about: Mapping[str, Any],
     *,
@@ -124,9 +132,11 @@ class TeacherStates:
 class TaughtDataset(Dataset[dict[str, Any]]):
     """Samples with the teacher's answers beside them."""
 
-    def __init__(self, dataset: Sequence[Mapping[str, Any]], states: TeacherStates) -> None:
+    def __init__(self, dataset: Samples, states: TeacherStates) -> None:
         if len(dataset) != states.samples:
-            raise ValueError(f"teacher_states must have an answer for each sample, got {states.samples} for {len(dataset)}")
+            raise ValueError(
+                f"teacher_states must have an answer for each sample, got {states.samples} for {len(dataset)}"
+            )
         self.dataset, self.states = dataset, states
 
     def __len__(self) -> int:

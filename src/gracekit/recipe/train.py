@@ -1,8 +1,8 @@
 """`gracekit train`: distil any vision-language model into a student that learns with INT4, INT8 or plain weights.
 
-Everything that can be refused is refused before the first step: settings, bad records, a pair that does not fit, memory. A run's folder
-holds its settings, so the same command goes on after an interruption from the last whole checkpoint, and a finished run is never
-trained again.
+Everything that can be refused is refused before the first step: settings, bad records, a pair that does not fit, memory. A run's
+folder holds its settings, so the same command goes on after an interruption from the last whole checkpoint, and a finished run is
+never trained again.
 """
 
 from __future__ import annotations
@@ -53,13 +53,14 @@ def train(config: TrainConfig) -> Path:
     if not open_run(config, folder):
         return folder / _MODEL
     set_seed(config.training.seed)
-    records = _records(config, folder)
     pair = load_pair(config)
-    _check(config, pair, records)
-    records = _check_lengths(config, pair, records, folder)
+    records = checked_records(config, pair, folder)
     dataset = ConversationDataset(records, pair.processor, config.data.max_length)
     trainer = make_trainer(config, pair, dataset, folder)
-    _say(trainer, f"{len(records):,} records, {coverage(pair.student) if config.pair.quantiser() else 'no learned scales'}")
+    _say(
+        trainer,
+        f"{len(records):,} records, {coverage(pair.student) if config.pair.quantiser() else 'no learned scales'}",
+    )
     for note in pair.notes:
         _say(trainer, note)
     checkpoint = latest_checkpoint(folder)
@@ -67,7 +68,7 @@ def train(config: TrainConfig) -> Path:
         _say(trainer, f"Going on from {checkpoint}")
     with progress_bars() as bars:
         if trainer.is_world_process_zero():
-            task = bars.add_task("train")
+            task = bars.add_task("train", total=None)
             trainer.add_callback(
                 StepCallback(
                     lambda step, text: bars.update(task, completed=step, total=trainer.state.max_steps, note=text)
@@ -94,7 +95,9 @@ def open_run(config: TrainConfig, folder: Path) -> bool:
             )
         return not (folder / _DONE).is_file()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output_dir must be a new or empty folder, got {str(folder)!r}, which holds something else")
+        raise FileExistsError(
+            f"output_dir must be a new or empty folder, got {str(folder)!r}, which holds something else"
+        )
     with config.training.main_process_first():
         folder.mkdir(parents=True, exist_ok=True)
         if config.training.should_save:
@@ -102,26 +105,34 @@ def open_run(config: TrainConfig, folder: Path) -> bool:
     return True
 
 
-def _records(config: TrainConfig, folder: Path) -> Conversations:
-    data = config.data
-    return load_conversations(
-        data.data,
-        data.image_folder or None,
-        on_bad_record=data.on_bad_record,
-        bad_records_file=folder / "bad_records.jsonl",
-    )
+def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversations:
+    """Return the records to train on, after everything about data, pair and memory has been looked at.
 
+    Raises:
+        BadRecordsError: some records cannot be used, and bad records stop.
+        ValueError: the pair does not fit, or memory does not suffice.
+    """
+    data, training = config.data, config.training
+    with progress_bars() as bars:
+        task = bars.add_task("data: look at every record", total=None) if training.process_index == 0 else None
 
-def _check_lengths(config: TrainConfig, pair: Pair, records: Conversations, folder: Path) -> Conversations:
-    return records.check_lengths(pair.processor, config.data.max_length)
+        def advance(count: int) -> None:
+            if task is not None:
+                bars.advance(task, count)
 
-
-def _check(config: TrainConfig, pair: Pair, records: Conversations) -> None:
-    problems = check_pair(pair, records)
-    device = config.training.device
-    problems += check_memory(memory_needed(pair, config, ranks=config.training.world_size), device)
-    if problems:
-        raise ValueError("this pair cannot be trained: " + "; ".join(problems))
+        records = load_conversations(
+            data.data,
+            data.image_folder or None,
+            on_bad_record=data.on_bad_record,
+            # One writer; the other ranks find the same.
+            bad_records_file=folder / "bad_records.jsonl" if training.process_index == 0 else None,
+            advance=advance,
+        )
+        problems = check_pair(pair, records)
+        problems += check_memory(memory_needed(pair, config, ranks=training.world_size), training.device)
+        if problems:
+            raise ValueError("this pair cannot be trained: " + "; ".join(problems))
+        return records.check_lengths(pair.processor, data.max_length, advance=advance)
 
 
 def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, folder: Path) -> GraceTrainer:
@@ -129,7 +140,8 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
     collate: Any = ConversationCollator(pair.processor, padding_side="right")
     first = {name: value for name, value in collate([dataset[0]]).items() if name != "labels"}
     from_hidden = has_plain_head(pair.student, first)
-    teacher, head, data = None, None, dataset
+    teacher, head = None, None
+    data: Any = dataset
     if pair.teacher is not None:
         teacher, from_hidden = _teacher(config, pair, first, from_hidden)
         if config.pair.teacher_mode == "precomputed":
@@ -159,9 +171,7 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
 
 
 def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden: bool) -> tuple[Teacher, bool]:
-    teacher = Teacher(
-        pair.teacher, pair.student, from_hidden=False, visual=config.method.losses in ("rcka", "grace")
-    )
+    teacher = Teacher(pair.teacher, pair.student, from_hidden=False, visual=config.method.losses in ("rcka", "grace"))
     if from_hidden and has_plain_head(pair.teacher, teacher.inputs(first)):
         teacher = Teacher(pair.teacher, pair.student, from_hidden=True, visual=teacher.reader.visual is not None)
     device = config.training.device
@@ -209,14 +219,15 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
     if not trainer.is_world_process_zero():
         return
     model: Any = trainer.model
+    quantiser = config.pair.quantiser()
     if state is not None:
         model = load_pair(config).student
-        if config.pair.quantiser() is not None:
-            prepare_qat(model, config.pair.quantiser())
+        if quantiser is not None:
+            prepare_qat(model, quantiser)
         model.load_state_dict(state)
     output = folder / _MODEL
     shutil.rmtree(output, ignore_errors=True)  # of an interrupted writing
-    if config.pair.quantiser() is not None:
+    if quantiser is not None:
         save_qat(model, output)
     else:
         model.save_pretrained(output)
@@ -226,7 +237,7 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
     write_json(folder / _DONE, done)
     for left in folder.glob("checkpoint-*"):
         shutil.rmtree(left)
-    kind = f"with its learned scales ({SCALES_FILE})" if config.pair.quantiser() is not None else "in plain weights"
+    kind = f"with its learned scales ({SCALES_FILE})" if quantiser is not None else "in plain weights"
     _say(trainer, f"Trained: {output}, {kind}")
 
 

@@ -1,0 +1,179 @@
+"""`gracekit train` on tiny pairs saved to disk: what it learns, what it refuses, and that an interruption changes nothing."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conversation_cases import save_pair, write_llava
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from gracekit.quant import load_qat
+from gracekit.quant.formats.trained import SCALES_FILE
+from gracekit.recipe.cli import main
+from gracekit.recipe.pairs import check_memory
+
+FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    for family in FAMILIES:
+        save_pair(folder / f"{family}-student", family, seed=1, vocab_size=304)
+        size = {"width": 64} if family == "llava" else {"layers": 4}
+        save_pair(folder / f"{family}-teacher", family, seed=2, vocab_size=320, **size)
+    write_llava(folder / "data", 10)
+    return folder
+
+
+def arguments(home, output, *more, family="llava"):
+    options = {
+        "student": home / f"{family}-student", "teacher": home / f"{family}-teacher",
+        "data": home / "data" / "train.json", "output_dir": output, "preset": "small", "use_cpu": "true",
+        "group_size": 16, "max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "logging_steps": 1,
+        "max_length": 400,
+    }  # fmt: skip
+    return ["train", *(part for name, value in options.items() for part in (f"--{name}", str(value))), *map(str, more)]
+
+
+def history(output):
+    return json.loads((output / "training.json").read_text())["history"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pair_of_each_family_trains_and_what_was_trained_loads(home, tmp_path, family):
+    output = tmp_path / "run"
+    assert main(arguments(home, output, "--gradient_accumulation_steps", 2, family=family)) == 0
+    log = history(output)
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert all(entry[name] > 0 for entry in log for name in ("ce", "gdkd", "rcka", "beta", "gate_mean", "scale_mean"))
+    model = AutoModelForImageTextToText.from_pretrained(output / "model")
+    names = load_qat(model, output / "model")
+    assert len(names) == 21
+    plain = AutoModelForImageTextToText.from_pretrained(home / f"{family}-student")
+    name = names[0]
+    assert not torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
+    assert not list(output.glob("checkpoint-*"))
+    assert list(output.rglob("events.out.tfevents.*"))
+    assert list((output / "model").glob("*tokenizer*"))
+    # It ends in a real INT4 file.
+    assert main(["export", str(output), "--format", "torchao", "--output", str(tmp_path / "int4")]) == 0
+
+
+def test_a_precomputed_teacher_gives_the_weights_of_one_beside_the_student(home, tmp_path):
+    assert main(arguments(home, tmp_path / "online")) == 0
+    assert main(arguments(home, tmp_path / "before", "--teacher_mode", "precomputed")) == 0
+    online, before = (history(tmp_path / name) for name in ("online", "before"))
+    # The answers beforehand are those of one sample at a time, in the teacher's bfloat16.
+    for ours, theirs in zip(online, before, strict=True):
+        assert ours["gdkd"] == pytest.approx(theirs["gdkd"], rel=0.02)
+        assert ours["rcka"] == pytest.approx(theirs["rcka"], rel=0.02)
+
+
+def test_plain_weights_and_cross_entropy_alone_need_no_teacher(home, tmp_path):
+    output = tmp_path / "run"
+    assert main(arguments(home, output, "--losses", "ce", "--precision", "bf16", "--teacher", "")) == 0
+    assert not (output / "model" / SCALES_FILE).exists()
+    assert set(history(output)[0]) & {"gdkd", "rcka", "beta"} == set()
+    AutoModelForImageTextToText.from_pretrained(output / "model")
+
+
+def test_a_finished_run_stays_and_other_settings_are_refused(home, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(arguments(home, output)) == 0
+    before = (output / "model" / "model.safetensors").stat().st_mtime_ns
+    assert main(arguments(home, output)) == 0
+    assert (output / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert main(arguments(home, output, "--omega", "7")) == 2
+    assert "omega: 3.0 -> 7.0" in capsys.readouterr().err
+
+
+def refused(home, tmp_path, capsys, *more, family="llava"):
+    assert main(arguments(home, tmp_path / "run", *more, family=family)) == 2
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+    return capsys.readouterr().err
+
+
+def test_bad_records_are_all_listed_before_anything_is_trained(home, tmp_path, capsys):
+    records = json.loads((home / "data" / "train.json").read_text())
+    records[1]["image"] = "images/missing.png"
+    records[2]["conversations"][1]["value"] = ""
+    path = home / "data" / "bad.json"
+    path.write_text(json.dumps(records))
+    message = refused(home, tmp_path, capsys, "--data", path)
+    assert "missing.png" in message
+    assert "r2" in message or "record 2" in message
+    output = tmp_path / "skipped"
+    assert main(arguments(home, output, "--data", path, "--on_bad_record", "skip")) == 0
+    assert len((output / "bad_records.jsonl").read_text().splitlines()) == 2
+
+
+def test_records_that_are_too_long_are_bad_ones(home, tmp_path, capsys):
+    assert "too long" in refused(home, tmp_path, capsys, "--max_length", "30")
+
+
+def test_a_pair_that_does_not_fit_is_refused_with_the_reason(home, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(home / "llava-teacher", other)
+    settings = json.loads((other / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
+    (other / "processor_config.json").write_text(json.dumps(settings))
+    assert "same pixel_values" in refused(home, tmp_path, capsys, "--teacher", other)
+    shutil.rmtree(tmp_path / "run")
+    assert "tokenizers must give every token one id" in refused(
+        home, tmp_path, capsys, "--teacher", home / "qwen2_vl-teacher"
+    )
+
+
+def test_a_template_that_writes_something_else_is_refused(home, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(home / "llava-teacher", other)
+    for path in other.iterdir():
+        if path.suffix in (".jinja", ".json"):
+            path.write_text(path.read_text().replace("upper()", "lower()").replace("ASSISTANT:", "assistant:"))
+    assert "chat templates differ?" in refused(home, tmp_path, capsys, "--teacher", other)
+
+
+def test_too_little_memory_is_said_with_figures():
+    needed = {"student": 2.0**50, "its gradients": 2.0**50}
+    (reason,) = check_memory(needed, torch.device("cpu"))
+    assert "its gradients 1048576.0" in reason
+    assert "--teacher_mode precomputed" in reason
+    assert check_memory({"student": 2.0**50, "its gradients": 1.0}, torch.device("cpu")) == []
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_a_random_step_ends_with_the_weights_of_one_that_was_not(home, tmp_path):
+    """In processes of their own, killed without a chance to clean up."""
+    steps = ["--max_steps", "8", "--gradient_accumulation_steps", "2", "--tau", "auto"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(output):
+        command = [sys.executable, "-m", "gracekit.recipe.cli", *arguments(home, output, *steps)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(whole).wait() == 0
+    process = start(cut)
+    wanted = random.choice([2, 4, 6])
+    while not (cut / f"checkpoint-{wanted}" / "grace_controller.safetensors").is_file():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "training.json").is_file()
+    assert start(cut).wait() == 0
+    for name in ("model.safetensors", SCALES_FILE):
+        ours, theirs = load_file(cut / "model" / name), load_file(whole / "model" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [entry["beta"] for entry in history(cut)] == [entry["beta"] for entry in history(whole)]
