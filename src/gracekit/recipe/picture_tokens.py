@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gracekit.recipe.processors import load_image_processor
 from gracekit.vlm.families import placeholder_id
 from gracekit.vlm.tokens import feature_lengths
 
@@ -88,25 +88,10 @@ def _by_processor(folder: Path, picture: Any, found: PictureTokens) -> dict[str,
 def _by_image_processor(folder: Path, picture: Any, found: PictureTokens) -> dict[str, Any]:
     try:
         with _quiet():
-            return dict(_image_processor(folder)(images=[picture], return_tensors="pt"))
+            return dict(load_image_processor(folder)(images=[picture], return_tensors="pt"))
     except Exception as error:
         found.notes.append(f"AutoImageProcessor cannot be used either ({_reason(error)})")
         return {}
-
-
-def _image_processor(folder: Path) -> Any:
-    """Return the folder's image processor, the one that works with Pillow where AutoImageProcessor wants torchvision."""
-    import transformers
-
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(folder)
-    except ImportError:  # transformers 5.17 asks for torchvision before it looks at what is wanted
-        described = folder / "preprocessor_config.json"
-        kind = json.loads(described.read_text()).get("image_processor_type", "") if described.is_file() else ""
-        by_pillow = getattr(transformers, kind.removesuffix("Pil") + "Pil", None)
-        if by_pillow is None:
-            raise
-        return by_pillow.from_pretrained(folder)
 
 
 def _count_features(model: Any, inputs: dict[str, Any], found: PictureTokens) -> None:

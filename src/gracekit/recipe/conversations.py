@@ -1,0 +1,221 @@
+"""Conversations about images, read record by record from LLaVA-style JSON or JSONL, or from a data set that ``datasets`` saved.
+
+Every record is looked at before any training: a run must not die of the 400,000th one. Images are opened when they are asked for,
+and JSONL is read by the offsets of its lines, so that memory does not grow with the data; JSON is held parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, overload
+
+from PIL import Image
+
+from gracekit._checks import check_choice, check_int
+from gracekit.recipe.bad_records import BadRecord, BadRecordsError, in_threads, settle, write_bad_records
+from gracekit.recipe.record_format import BROKEN_IMAGE, Record, RecordError, Turn, open_image, parse_record, record_name
+from gracekit.recipe.record_sources import RecordSource, open_source
+
+__all__ = ["BadRecord", "BadRecordsError", "Conversations", "Record", "Turn", "load_conversations", "open_images"]
+
+_THREADS = 4
+
+
+class Encoder(Protocol):
+    """What :meth:`Conversations.check_lengths` needs of a processor."""
+
+    def encode(self, turns: Sequence[Turn], images: Sequence[Any]) -> Mapping[str, Any]:
+        """Return at least ``input_ids``."""
+
+
+@dataclass(frozen=True)
+class Conversations(Sequence[Record]):
+    """Records that :func:`load_conversations` found good; indexing reads one, a slice is a selection of them.
+
+    Attributes:
+        bad: what was left out, under ``on_bad_record="skip"``.
+    """
+
+    _source: RecordSource
+    _image_folder: Path
+    _kept: Sequence[int]
+    _on_bad_record: str
+    _bad_records_file: Path | None
+    bad: tuple[BadRecord, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Conversations: ...
+    def __getitem__(self, index: int | slice) -> Record | Conversations:
+        if isinstance(index, slice):
+            return self._with(self._kept[index], self.bad)
+        number = self._kept[index]
+        return parse_record(self._source[number], number, self._image_folder)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def check_lengths(
+        self,
+        processor: Encoder,
+        max_length: int,
+        *,
+        threads: int = _THREADS,
+        advance: Callable[[int], Any] = lambda count: None,
+    ) -> Conversations:
+        """Encode every record as training will, and treat those that fail or are too long as ``on_bad_record`` says.
+
+        This decodes every image in full, so pictures that are cut off are found here.
+
+        Args:
+            processor: a :class:`~gracekit.recipe.processors.ConversationProcessor`.
+            max_length: tokens of one record, visual ones included, at most.
+            threads: records encoded at a time.
+            advance: called with the number of records done, for a progress bar.
+
+        Returns:
+            The records that are left.
+
+        Raises:
+            BadRecordsError: some are bad and ``on_bad_record`` is "stop".
+        """
+        check_int("max_length", max_length, low=1)
+
+        def check(number: int) -> BadRecord | None:
+            record = self[number]
+            try:
+                length = len(processor.encode(record.turns, open_images(record))["input_ids"])
+                if length > max_length:
+                    raise RecordError("too long", f"{length} tokens, max_length={max_length}")
+            except RecordError as error:
+                return BadRecord(record.index, record.id, error.kind, str(error))
+            except ValueError as error:
+                return BadRecord(record.index, record.id, "cannot be encoded", f"cannot be encoded: {error}")
+            return None
+
+        kept, bad = [], []
+        for number, found in enumerate(in_threads(check, len(self), threads)):
+            if found is None:
+                kept.append(self._kept[number])
+            else:
+                bad.append(found)
+            advance(1)
+        return self._with(kept, (*self.bad, *settle(bad, len(self), self._on_bad_record)), write=bool(bad))
+
+    def _with(self, kept: Sequence[int], bad: tuple[BadRecord, ...], *, write: bool = False) -> Conversations:
+        if write and self._bad_records_file is not None:
+            write_bad_records(self._bad_records_file, bad)
+        return Conversations(self._source, self._image_folder, kept, self._on_bad_record, self._bad_records_file, bad)
+
+
+def load_conversations(
+    data: Any,
+    image_folder: str | Path | None = None,
+    *,
+    on_bad_record: str = "stop",
+    bad_records_file: str | Path | None = None,
+    threads: int = _THREADS,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Conversations:
+    r"""Read conversations and check every record.
+
+    A record of the LLaVA format is ``{"id", "image", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
+    {"from": "gpt", "value": "A boat."}]}``; ``image`` is a path or a list of them, or absent. The other format is
+    ``{"messages": [{"role", "content"}], "images": [...]}``, where a content is text or a list of ``{"type": "image"}`` and
+    ``{"type": "text", "text": ...}``.
+
+    Args:
+        data: a ``.json`` or ``.jsonl`` file, the folder of a data set that ``datasets`` saved, or a ``datasets.Dataset``.
+        image_folder: where relative paths of images start. None: the folder of the file.
+        on_bad_record: "stop" raises one error that lists all bad records; "skip" leaves them out.
+        bad_records_file: where "skip" writes them, a line of JSON each. None: nowhere.
+        threads: records checked at a time.
+        advance: called with the number of records checked, for a progress bar.
+
+    Returns:
+        The good records, a sequence that reads each when it is asked for.
+
+    Raises:
+        ValueError: ``data`` is nothing of that kind, or no record is good.
+        BadRecordsError: some are bad and ``on_bad_record`` is "stop". Bad is a record whose image is missing or cannot be opened,
+            whose markers are not as many as its images, that has no assistant's turn or an empty one, whose roles do not
+            alternate from the user's to the assistant's, and a line that is no JSON.
+
+    Example:
+        >>> import json, tempfile, pathlib
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (40, 30)).save(folder / "boat.png")
+        >>> talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A boat."}]
+        >>> _ = (folder / "train.json").write_text(json.dumps([{"id": "a", "image": "boat.png", "conversations": talk}]))
+        >>> record = load_conversations(folder / "train.json")[0]
+        >>> record.id, record.images[0].name, record.turns[1].text
+        ('a', 'boat.png', 'A boat.')
+    """
+    check_choice("on_bad_record", on_bad_record, ("stop", "skip"))
+    source, home = open_source(data)
+    folder = Path(image_folder) if image_folder is not None else home
+    seen: dict[Path, str] = {}
+
+    def check(number: int) -> BadRecord | None:
+        identity = str(number)
+        try:
+            raw = source[number]
+            identity = record_name(raw, number)
+            record = parse_record(raw, number, folder)
+            for image in record.images:
+                _check_image(image, seen)
+        except RecordError as error:
+            return BadRecord(number, identity, error.kind, str(error))
+        return None
+
+    kept, bad = [], []
+    for number, found in enumerate(in_threads(check, len(source), threads)):
+        if found is None:
+            kept.append(number)
+        else:
+            bad.append(found)
+        advance(1)
+    left_out = settle(bad, len(source), on_bad_record)
+    file = Path(bad_records_file) if bad_records_file is not None else None
+    if left_out and file is not None:
+        write_bad_records(file, left_out)
+    if not kept:
+        raise ValueError(f"data must hold at least one good record, got {len(source)} records in {str(data)[:200]!r}")
+    return Conversations(source, folder, kept, on_bad_record, file, left_out)
+
+
+def open_images(record: Record) -> list[Image.Image]:
+    """Return a record's images in RGB, decoded.
+
+    Raises:
+        RecordError: a ValueError, for one that cannot be decoded.
+    """
+    return [open_image(image) for image in record.images]
+
+
+def _check_image(image: Any, seen: dict[Path, str]) -> None:
+    """Raise for a file that is missing or whose header or checksums are wrong; each is looked at once."""
+    if not isinstance(image, Path):
+        return
+    if image not in seen:
+        seen[image] = _image_problem(image)
+    if seen[image]:
+        kind, _, detail = seen[image].partition(": ")
+        raise RecordError(kind, detail)
+
+
+def _image_problem(image: Path) -> str:
+    if not image.is_file():
+        return f"missing image: {image}"
+    try:
+        with Image.open(image) as file:
+            file.verify()
+    except BROKEN_IMAGE as error:
+        return f"broken image: {image}: {error}"
+    return ""
