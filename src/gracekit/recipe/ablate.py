@@ -72,7 +72,8 @@ class AblationOptions:
         for name in self.students:
             check_choice("students", name, METHODS)
         widths = [*self.bits, *self.rtn_bits]
-        for name, values in {"seeds": self.seeds, "students": self.students, "bits and rtn_bits": widths}.items():
+        named: dict[str, list[Any]] = {"seeds": self.seeds, "students": self.students, "bits and rtn_bits": widths}
+        for name, values in named.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must name each value once, got {values}")
         check_int("bins", self.bins, low=2)

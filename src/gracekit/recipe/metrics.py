@@ -125,7 +125,7 @@ def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
     same = [letter for letter, option in texts.items() if option and option == plain]
     if len(same) == 1:
         return same[0]
-    stated = [letter.upper() for letter in _STATED.findall(text) if letter.upper() in options]
+    stated = [str(letter).upper() for letter in _STATED.findall(text) if letter.upper() in options]
     if stated:
         return stated[-1]
     leading = _LEADING.match(text.strip())
@@ -141,7 +141,7 @@ def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
     if len(longest) == 1:
         return longest[0]
     alone = set(_ALONE.findall(text)) & set(options)
-    return alone.pop() if len(alone) == 1 else None
+    return str(*alone) if len(alone) == 1 else None
 
 
 def choice_score(answer: str, truths: Sequence[str], question: str) -> float:
