@@ -105,6 +105,13 @@ def ablate(arguments: Sequence[str] | None = None) -> int:
     return ablate_main(arguments)
 
 
+def evaluate(arguments: Sequence[str] | None = None) -> int:
+    """Ask a saved model the questions of a held-out set, and say how many answers are right."""
+    from gracekit.recipe.evaluate_model import main as evaluate_main
+
+    return evaluate_main(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "recipe": recipe,
     "teacher": teacher,
@@ -113,6 +120,7 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "quantize": quantize,
     "export": export,
     "ablate": ablate,
+    "evaluate": evaluate,
 }
 HUB = ("train",)  # commands that take names of a hub
 

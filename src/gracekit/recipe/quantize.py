@@ -43,18 +43,28 @@ def load(folder: Path) -> Any:
     Raises:
         ValueError: the folder holds no model of transformers.
     """
+    kind, described = class_of(folder)
+    if "quantization_config" in described:
+        method = described["quantization_config"].get("quant_method")
+        raise ValueError(f"the folder must hold a model that is not quantised yet, got one of {method!r} in {folder}")
+    return kind.from_pretrained(folder, dtype="auto").eval()
+
+
+def class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the class that a folder's config.json names, and what it says.
+
+    Raises:
+        ValueError: the folder holds no model of transformers.
+    """
     settings = folder / "config.json"
     if not settings.is_file():
         raise ValueError(f"the folder must hold a model that save_pretrained wrote, got no config.json in {folder}")
     described = json.loads(settings.read_text(encoding="utf-8"))
-    if "quantization_config" in described:
-        method = described["quantization_config"].get("quant_method")
-        raise ValueError(f"the folder must hold a model that is not quantised yet, got one of {method!r} in {folder}")
     names = described.get("architectures") or []
     kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     if not kinds:
         raise ValueError(f"config.json must name a class of transformers under architectures, got {names} in {folder}")
-    return kinds[0].from_pretrained(folder, dtype="auto").eval()
+    return kinds[0], described
 
 
 def trained_folder(run: Path) -> Path:

@@ -1,0 +1,232 @@
+"""gracekit evaluate: its answers are those of generate asked one by one, in each precision, and none is asked twice."""
+
+import json
+
+import pytest
+import torch
+from conversation_cases import llava_records, save_pair, turns, write_llava, write_pictures
+from transformers import AutoModelForImageTextToText
+
+from gracekit.quant import LSQConfig, convert, load_qat, prepare_qat, quantize_rtn, save_qat
+from gracekit.recipe import evaluate_model
+from gracekit.recipe.cli import main
+from gracekit.recipe.evaluate_model import load_model, open_answers
+from gracekit.recipe.metrics import exact_match
+from gracekit.recipe.processors import load_processor
+from gracekit.recipe.questions import read_questions
+
+CPU = torch.device("cpu")
+NEW = 6
+
+
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "qwen3_vl"])
+def pair(request, tmp_path_factory):
+    return tmp_path_factory.mktemp("models") / request.param, request.param
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    save_pair(folder, "llava")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(llava, tmp_path_factory):
+    """The same model after learned scales moved, as save_qat leaves it, with its processor elsewhere."""
+    model = AutoModelForImageTextToText.from_pretrained(llava, dtype="auto")
+    prepare_qat(model, LSQConfig(group_size=32))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("log_scale"):
+                parameter += 0.3
+    save_qat(model, folder := tmp_path_factory.mktemp("models") / "trained")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_llava(tmp_path_factory.mktemp("data"), 6, name="test.json")
+
+
+def arguments(folder, data, output, *more):
+    options = {
+        "data": data,
+        "output": output,
+        "max-new-tokens": NEW,
+        "batch-size": 4,
+        "group-size": 32,
+        "device": "cpu",
+    }
+    return ["evaluate", str(folder), *(part for k, v in options.items() for part in (f"--{k}", str(v))), *more]
+
+
+def answers(output):
+    lines = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+    return {(line["record"], line["turn"]): line["answer"] for line in lines}
+
+
+@torch.no_grad()
+def one_by_one(model, processor, asked):
+    """The greedy answer to one question alone: the likeliest token, appended, again and again, without a cache."""
+    record = asked.record
+    before = record.turns[: asked.turn]
+    images = record.images[: sum(turn.text.count("<image>") for turn in before)]
+    inputs = processor.encode(before, images, add_generation_prompt=True)
+    ids, tokens = inputs.pop("input_ids")[None], []
+    inputs.pop("labels", None)
+    kinds = inputs.pop("mm_token_type_ids", None)
+    inputs = {name: v.to(model.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
+    for _ in range(NEW):
+        if kinds is not None:
+            inputs["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(len(tokens))])[None]
+        grown = torch.cat([ids, ids.new_tensor([tokens])], 1) if tokens else ids
+        given = {"input_ids": grown, "attention_mask": torch.ones_like(grown), "use_cache": False}
+        tokens.append(int(model(**given, **inputs).logits[0, -1].argmax()))
+        if tokens[-1] == processor.tokenizer.eos_token_id:
+            break
+    return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_batched_answers_are_those_of_each_question_alone(pair, data, tmp_path):
+    folder, family = pair
+    save_pair(folder, family)
+    assert main(arguments(folder, data, tmp_path / "out", "--precision", "fp32")) == 0
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = load_processor(folder)
+    questions = read_questions(data, None)
+    given = answers(tmp_path / "out")
+    assert {asked.key: given[asked.key] for asked in questions} == {
+        asked.key: one_by_one(model, processor, asked) for asked in questions
+    }
+    assert len(set(given.values())) > 1
+
+
+def test_every_answer_in_the_data_is_a_question_with_what_stands_before_it(data):
+    questions = read_questions(data, None)
+    made = llava_records([(f"{i}", "x", "y") for i in range(6)])
+    assert [asked.key for asked in questions] == [
+        (i, place) for i, record in enumerate(made) for place in range(1, len(record["conversations"]), 2)
+    ]
+    second = questions[1]
+    assert (second.turn, second.text, second.truths) == (3, "And what shape?", ("It is a circle.",))
+
+
+def test_the_result_is_the_mean_of_the_scores_with_its_standard_error(llava, data, tmp_path):
+    assert main(arguments(llava, data, tmp_path, "--precision", "fp32")) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    questions, given = read_questions(data, None), answers(tmp_path)
+    scores = [exact_match(given[asked.key], asked.truths) for asked in questions]
+    assert result["scores"] == scores
+    assert result["accuracy"] == sum(scores) / len(scores)
+    assert result["standard_error"] == pytest.approx(torch.tensor(scores).std(correction=0).item() / len(scores) ** 0.5)
+    assert (result["metric"], result["kernel"], result["questions"]) == ("exact", "torch", len(questions))
+    assert result["environment"]["packages"]["torch"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fake", "int4-rtn", "int4"])
+def test_each_precision_is_the_library_own_form_of_the_model(llava, trained, precision):
+    folder = trained if precision in ("fake", "int4") else llava
+    found = load_model(folder, precision, CPU, group_size=32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    if precision in ("fake", "int4"):
+        load_qat(model, folder)
+    if precision == "int4":
+        convert(model, dtype=torch.bfloat16)
+    if precision not in ("fake", "fp32"):
+        model.to(torch.bfloat16)
+    if precision == "int4-rtn":
+        quantize_rtn(model, LSQConfig(group_size=32))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(found(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert found.dtype == (torch.bfloat16 if precision in ("bf16", "int4", "int4-rtn") else torch.float32)
+
+
+def test_learned_scales_are_evaluated_with_a_processor_from_elsewhere_and_on_the_kernel(llava, trained, data, tmp_path):
+    for precision in ("fake", "int4"):
+        more = ["--precision", precision, "--processor", str(llava)]
+        assert main(arguments(trained, data, tmp_path / precision, *more)) == 0
+    result = json.loads((tmp_path / "int4" / "result.json").read_text())
+    assert result["kernel"] == "torchao Int4OpaqueTensor (cpu)"
+
+
+def test_packed_codes_give_the_logits_of_the_trained_model_on_the_kernel(trained, tmp_path):
+    output = tmp_path / "packed"
+    options = ["--format", "torchao", "--dtype", "bfloat16", "--output", str(output)]
+    assert main(["export", str(trained), *options]) == 0
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        one, other = (load_model(folder, "int4", CPU)(input_ids=ids).logits for folder in (output, trained))
+    assert torch.equal(one, other)
+
+
+def test_a_finished_evaluation_asks_nothing_and_a_broken_off_one_asks_the_rest(llava, data, tmp_path, monkeypatch):
+    assert main(arguments(llava, data, tmp_path)) == 0
+    whole = answers(tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    lines = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:10])
+    asked = []
+    original = evaluate_model.answer
+
+    def watched(model, processor, questions, **sizes):
+        asked.extend(question.key for question in questions)
+        return original(model, processor, questions, **sizes)
+
+    monkeypatch.setattr(evaluate_model, "answer", watched)
+    assert main(arguments(llava, data, tmp_path)) == 0
+    assert len(asked) == len(whole) - 3
+    assert answers(tmp_path).keys() == whole.keys()
+    assert json.loads((tmp_path / "result.json").read_text())["questions"] == result["questions"]
+    asked.clear()
+    assert main(arguments(llava, data, tmp_path, "--metric", "vqa")) == 0
+    assert asked == []
+
+
+def test_another_model_precision_or_set_in_the_same_folder_is_refused(llava, data, tmp_path, capsys):
+    assert main(arguments(llava, data, tmp_path)) == 0
+    assert main(arguments(llava, data, tmp_path, "--precision", "fp32")) == 2
+    assert "with another precision" in capsys.readouterr().err
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "thesis.txt").write_text("years of work")
+    assert main(arguments(llava, data, tmp_path / "else")) == 2
+    assert "holds something" in capsys.readouterr().err
+
+
+def test_nothing_is_kept_of_a_line_that_was_being_written(tmp_path):
+    settings = {"model": "m"}
+    assert open_answers(tmp_path / "new", settings) == {}
+    (tmp_path / "new" / "answers.jsonl").write_text('{"record": 0, "turn": 1, "answer": "re')
+    assert open_answers(tmp_path / "new", settings) == {}
+    assert (tmp_path / "new" / "answers.jsonl").read_text() == ""
+
+
+def test_several_peoples_answers_come_from_the_record(tmp_path):
+    (name, colour, _), *_ = write_pictures(tmp_path, 1)
+    record = {"image": name, "conversations": turns("<image>\nWhat colour?", colour)}
+    people = [colour] * 3 + [{"answer": "dark"}] * 7
+    (tmp_path / "vqa.json").write_text(json.dumps([record | {"answers": people}]))
+    (asked,) = read_questions(tmp_path / "vqa.json", None)
+    assert asked.truths == (colour,) * 3 + ("dark",) * 7
+    assert asked.score("vqa", colour) == pytest.approx(0.9)
+    record["conversations"] += turns("And what shape?", "round")
+    (tmp_path / "two.json").write_text(json.dumps([record | {"answers": people}]))
+    with pytest.raises(ValueError, match="answers must be those to a record's one question, got 10 for 2"):
+        read_questions(tmp_path / "two.json", None)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--metric", "choice"], "question must list its options"),
+        (["--precision", "fake"], "needs learned scales"),
+        (["--precision", "int4"], "int4-rtn rounds one"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--data", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_a_question_is_asked(llava, data, tmp_path, more, message, capsys):
+    assert main(arguments(llava, data, tmp_path / "new", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new" / "answers.jsonl").exists()
