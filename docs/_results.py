@@ -114,6 +114,43 @@ def plot_curves(result: dict, device: str) -> None:
     plt.close(figure)
 
 
+def controller() -> None:
+    """What targets do to the multiplier on the built-in data."""
+    result = newest("controller", "cpu")
+    if result is None:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    (GENERATED / "controller.txt").write_text(machine(result) + "\n")
+    shown = []
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for row in result["rows"]:
+        taus = [entry["tau"] for entry in row["history"] if entry["tau"]]
+        percent = {key: f"{100 * row[key]:.1f}" for key in ("share_of_steps_on_a_bound", "accuracy_bf16", "accuracy_int4")}
+        beta = f"{row['least_beta']:.2f} to {row['greatest_beta']:.2f}"
+        shown.append({"variant": row["variant"], "tau": f"{taus[-1]:.3g}", "beta": beta} | percent)
+        steps = [entry["step"] for entry in row["history"]]
+        axes[0].plot(steps, [entry["beta"] for entry in row["history"]], label=row["variant"])
+        axes[1].plot(steps, [entry["gdkd"] for entry in row["history"]], label=row["variant"])
+    axes[0].set(title="beta", xlabel="optimiser step")
+    axes[1].set(title="L_GDKD", xlabel="optimiser step", yscale="log")
+    axes[0].legend()
+    figure.savefig(GENERATED / "controller.png", dpi=150)
+    plt.close(figure)
+    columns = {
+        "variant": "Settings",
+        "tau": "tau",
+        "beta": "beta",
+        "share_of_steps_on_a_bound": "Steps on a bound, %",
+        "accuracy_bf16": "BF16, %",
+        "accuracy_int4": "INT4, %",
+    }
+    write_table("controller", shown, columns)
+
+
 VARIANTS = {
     "ce-bf16": "CE, BF16",
     "ce-int4-rtn": "CE, INT4 RTN",
@@ -182,6 +219,7 @@ def build(*_: object) -> None:
     """Make everything the pages include."""
     GENERATED.mkdir(exist_ok=True)
     recipe()
+    controller()
     for device in ("nvidia-h200", "cpu"):
         losses(device)
         qat_linear(device)

@@ -147,3 +147,11 @@ def test_the_command_line_lists_its_commands(capsys):
     assert cli.main(["--help"]) == 0
     assert "recipe" in capsys.readouterr().out
     assert cli.main(["nonsense"]) == 2
+
+
+def test_a_trained_student_is_exported_from_the_run(finished, tmp_path):
+    assert {path.name for path in (finished / "models").iterdir()} == {"ce-int4-qat", "grace-int4-qat"}
+    output = tmp_path / "engine"
+    trained = str(finished / "models" / "grace-int4-qat")
+    assert cli.main(["export", trained, "--format", "torchao", "--output", str(output)]) == 0
+    assert (output / "chat_template.jinja").is_file()

@@ -31,6 +31,7 @@ from gracekit.recipe.models import (
 )
 from gracekit.recipe.progress import progress_bars, say
 from gracekit.recipe.stages import Stage, run_stage, write_json
+from gracekit.recipe.student_files import save_student
 from gracekit.vlm import language_linears
 
 FULL, RTN, QAT = "bf16", "int4-rtn", "int4-qat"
@@ -206,6 +207,8 @@ def train_student(run: Run, student: Student, clock: Clock) -> list[dict[str, An
         # The same data in the same order for all precisions.
         name = f"{student.name}-{precision}"
         log = stage(model, name, train.finish, train.finish_learning_rate, "linear", own, seed + 1)
+        if precision != FULL:
+            save_student(model, run.tokenizer, run.folder / "models" / name)
         history = common + [entry | {"step": entry["step"] + train.steps} for entry in log]
         return (model.to(torch.bfloat16) if precision == FULL else model), history
 

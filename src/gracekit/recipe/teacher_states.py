@@ -1,8 +1,8 @@
 """A teacher's answers for a whole data set, on disk: it answers once, and students train without it.
 
 For each sample there are the hidden states that its output head takes at supervised tokens (T, d) and its visual tokens (sum n, d),
-a few megabytes for a model of 7 billion weights; where the head is more than one product, logits (T, V) take the place of the hidden
-states. Shards are written beside and renamed, so a computation that was interrupted goes on with the first one that is missing.
+a few megabytes for a model of 7 billion weights; where the head is more than one product, logits (T, V) take the place of the
+hidden states. Shards are written beside and renamed, so a computation that was interrupted goes on with the first one missing.
 """
 
 from __future__ import annotations
