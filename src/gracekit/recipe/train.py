@@ -175,7 +175,7 @@ def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden
     if from_hidden and has_plain_head(pair.teacher, teacher.inputs(first)):
         teacher = Teacher(pair.teacher, pair.student, from_hidden=True, visual=teacher.reader.visual is not None)
     device = config.training.device
-    if config.pair.teacher_mode == "offload" and device.type != "cpu":
+    if config.pair.teacher_mode == "offload":
         teacher.offload(device)
     else:
         teacher.to(device)
