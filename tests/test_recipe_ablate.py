@@ -12,7 +12,8 @@ from recipe_cases import save_tiny_teacher, tiny_arguments
 
 from gracekit.recipe import cli
 from gracekit.recipe.ablate import METHODS, AblationConfig, AblationOptions, pack, unpack
-from gracekit.recipe.ablation_report import compare, markdown, pairs
+from gracekit.recipe.ablation_report import markdown
+from gracekit.recipe.comparisons import compare, pairs
 from gracekit.recipe.config import LOSSES, GraceConfig, RunConfig
 from gracekit.recipe.data import load_easy_vqa
 from gracekit.recipe.paired_tests import holm, mcnemar, mean_interval, paired_t, sign_flip

@@ -220,7 +220,8 @@ def without_nan(value: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the paper's ablations at the recipe's scale, over several seeds; 0 when their report stands."""
-    from gracekit.recipe.ablation_report import compare, write_report
+    from gracekit.recipe.ablation_report import write_report
+    from gracekit.recipe.comparisons import compare
 
     quiet()
     config = parse(arguments)
