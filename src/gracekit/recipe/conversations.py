@@ -106,7 +106,9 @@ class Conversations(Sequence[Record]):
             else:
                 bad.append(found)
             advance(1)
-        return self._with(kept, (*self.bad, *settle(bad, len(self), self._on_bad_record)), write=bool(bad))
+        left_out = settle(bad, len(self), self._on_bad_record)
+        _require_some(kept, len(self))
+        return self._with(kept, (*self.bad, *left_out), write=bool(bad))
 
     def _with(self, kept: Sequence[int], bad: tuple[BadRecord, ...], *, write: bool = False) -> Conversations:
         if write and self._bad_records_file is not None:
@@ -185,8 +187,7 @@ def load_conversations(
     file = Path(bad_records_file) if bad_records_file is not None else None
     if left_out and file is not None:
         write_bad_records(file, left_out)
-    if not kept:
-        raise ValueError(f"data must hold at least one good record, got {len(source)} records in {str(data)[:200]!r}")
+    _require_some(kept, len(source))
     return Conversations(source, folder, kept, on_bad_record, file, left_out)
 
 
@@ -197,6 +198,11 @@ def open_images(record: Record) -> list[Image.Image]:
         RecordError: a ValueError, for one that cannot be decoded.
     """
     return [open_image(image) for image in record.images]
+
+
+def _require_some(kept: Sequence[int], total: int) -> None:
+    if not kept:
+        raise ValueError(f"data must hold at least one good record, got none among {total}")
 
 
 def _check_image(image: Any, seen: dict[Path, str]) -> None:

@@ -95,8 +95,8 @@ class ConversationProcessor:
             token there.
 
         Raises:
-            ValueError: markers and images are not as many, an image cannot be decoded, a turn holds a special token of the tokenizer, or the template
-                cannot be followed.
+            ValueError: markers and images are not as many, an image cannot be decoded, a turn holds a special token of the
+                tokenizer, or the template cannot be followed.
         """
         text, spans = self._write(turns, len(images), add_generation_prompt)
         add_special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))

@@ -7,7 +7,7 @@ from array import array
 from pathlib import Path
 from typing import Any, Protocol
 
-from gracekit.recipe.record_format import RecordError
+from gracekit.recipe.record_format import BROKEN_IMAGE, RecordError
 
 
 class RecordSource(Protocol):
@@ -45,6 +45,22 @@ class JsonLines:
             raise RecordError("broken JSON", str(error)) from error
 
 
+class DatasetRecords:
+    """Rows of a data set of ``datasets``, whose pictures are decoded as a row is read."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except BROKEN_IMAGE as error:
+            raise RecordError("broken image", str(error)) from error
+
+
 def open_source(data: Any) -> tuple[RecordSource, Path]:
     """Return the records of a file, a folder or a data set, and the folder that relative paths of images start in.
 
@@ -54,7 +70,7 @@ def open_source(data: Any) -> tuple[RecordSource, Path]:
     if not isinstance(data, str | Path):
         if not (hasattr(data, "column_names") and hasattr(data, "__getitem__")) or isinstance(data, dict):
             raise ValueError(f"data must be a path or one split of a datasets.Dataset, got {type(data).__name__}")
-        return data, Path()
+        return DatasetRecords(data), Path()
     path = Path(data)
     if path.is_dir():
         return _saved_dataset(path), path
@@ -77,7 +93,7 @@ def open_source(data: Any) -> tuple[RecordSource, Path]:
     return records, path.parent
 
 
-def _saved_dataset(folder: Path) -> Any:
+def _saved_dataset(folder: Path) -> DatasetRecords:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits")
         raise ValueError(f"data must be one split, got {str(folder)!r} with splits {splits}: name one of its folders")
@@ -85,4 +101,4 @@ def _saved_dataset(folder: Path) -> Any:
         raise ValueError(f"data must be a folder that Dataset.save_to_disk wrote, got no state.json in {str(folder)!r}")
     import datasets
 
-    return datasets.load_from_disk(str(folder))
+    return DatasetRecords(datasets.load_from_disk(str(folder)))
