@@ -17,7 +17,16 @@ from bench_visual_tap import built, qwen2_vl_2b, tiny_models
 
 from gracekit import ConfidenceGatedDKD, GraceObjective, shift_labels
 from gracekit.quant import LSQConfig, prepare_qat
-from gracekit.recipe.distillation import Reader, Share, Teacher, head_weight, losses_of, supervised_rows
+from gracekit.recipe.distillation import (
+    Reader,
+    Share,
+    Teacher,
+    counts_of,
+    global_counts,
+    head_weight,
+    losses_of,
+    supervised_rows,
+)
 
 SAMPLES, IMAGE, TEXT, ANSWER = 4, (1, 48, 50), 424, 150
 VARIANTS = ("baseline", "ce from hidden states", "+ gdkd", "+ rcka", "+ int4 weights: GRACE")
@@ -87,15 +96,19 @@ class Step:
         self.reader = Reader(student, from_hidden=True, visual=visual)
         self.objective = GraceObjective(ConfidenceGatedDKD(vocab_size=vocab_size)).to(self.labels.device)
 
+    def share(self):
+        """The teacher's side and the sums of the step, as the trainer has them before the student's forward."""
+        signal = self.teach(self.batch, self.rows)
+        return Share(signal=signal, counts=global_counts([counts_of(signal, self.targets, self.objective)]))
+
     def __call__(self):
         if self.variant == "baseline":
             with torch.no_grad():
                 self.teacher(**self.batch, use_cache=False)
             self.student(**self.batch, labels=self.labels, use_cache=False).loss.backward()
         else:
-            signal = self.teach(self.batch, self.rows)
+            share = self.share()
             seen, _ = self.reader(self.student, self.batch, self.rows)
-            share = Share(signal=signal, counts={})
             head = head_weight(self.student)
             losses_of(self.losses, seen, head, self.targets, share, self.objective).total.backward()
         self.student.zero_grad(set_to_none=True)
@@ -103,23 +116,22 @@ class Step:
 
 def parts(step, device, runs):
     """Milliseconds of the step's parts, each timed alone."""
-    teacher = _harness.measure(lambda: step.teach(step.batch, step.rows), device, runs=runs)
+    teacher = _harness.measure(step.share, device, runs=runs)
     with torch.no_grad():
         forward = _harness.measure(lambda: step.reader(step.student, step.batch, step.rows), device, runs=runs)
-    signal = step.teach(step.batch, step.rows)
+    share, head = step.share(), head_weight(step.student)
     seen, _ = step.reader(step.student, step.batch, step.rows)
     leaves = seen._replace(
         hidden=seen.hidden.detach().requires_grad_(),
         tokens=None if seen.tokens is None else seen.tokens.detach().requires_grad_(),
     )
-    share, head = Share(signal=signal, counts={}), head_weight(step.student)
 
     def losses():
         losses_of(step.losses, leaves, head, step.targets, share, step.objective).total.backward()
         step.student.zero_grad(set_to_none=True)
 
     return {
-        "teacher_ms": teacher["median_ms"],
+        "teacher_and_sums_ms": teacher["median_ms"],
         "student_forward_ms": forward["median_ms"],
         "losses_and_their_gradients_ms": _harness.measure(losses, device, runs=runs)["median_ms"],
     }

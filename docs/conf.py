@@ -44,8 +44,10 @@ python_use_unqualified_type_names = True
 nitpick_ignore_regex = [
     (
         r"py:.*",
-        r"(torch|torchao|transformers|nn|collections|pathlib|types|typing|os|argparse|einops|accelerate|datasets)\..*",
+        r"(torch|torchao|transformers|PIL|nn|collections|pathlib|types|typing|os|argparse|einops|accelerate|datasets)\..*",
     ),
+    # What a data set or a processor must have; described where it is taken.
+    (r"py:class", r"gracekit\.recipe\..*\.(Samples|RecordSource|Encoder)"),
     (r"py:.*", r"(Tensor|Module|Path|Any|Callable|Sequence|Iterator|Iterable|Mapping|Self|optional|AOBaseConfig)"),
 ]
 

@@ -17,10 +17,10 @@ class TauCalibration:
     L_GDKD falls by an order of magnitude in training, and where it ends depends on data, vocabulary and teacher. A fixed tau is
     then either never reached or never missed, and beta sits on a bound. The low end of what the first part of a training
     reached is a level that this student can hold. Until it is known beta stays where it starts; while L_GDKD still falls
-    steeply no level is worth holding, so this takes :data:`SHARE` of the training unless told otherwise.
+    steeply no level is worth holding, so this takes the first 40 % of the training unless told otherwise.
 
     Args:
-        steps: optimiser steps to look at, at least 2; 0: ``SHARE`` of the training.
+        steps: optimiser steps to look at, at least 2; 0: 40 % of the training.
         quantile: of their L_GDKD, in [0, 1].
 
     Raises:

@@ -144,7 +144,7 @@ class Teacher:
     Args:
         model: the teacher; frozen, and put into evaluation mode.
         student: whose batches it reads.
-        from_hidden: as for :class:`Reader`.
+        from_hidden: answer with what its output head takes, not with logits.
         visual: give its visual tokens too.
     """
 

@@ -95,7 +95,7 @@ def _answer(teacher: Teacher, batch: Mapping[str, Any], device: torch.device) ->
 
 
 class TeacherStates:
-    """Answers that :func:`compute_states` wrote, by sample.
+    """Answers that :func:`~gracekit.recipe.teacher_states.compute_states` wrote, by sample.
 
     Args:
         folder: where they are.
