@@ -95,6 +95,15 @@ def test_learned_scales_have_ten_times_the_rate_and_no_decay(tokenizer, data, tm
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0), (1e-2, 0.0)]
 
 
+def test_the_optimiser_is_the_one_that_the_arguments_name(tokenizer, data, tmp_path):
+    plain = trainer(tokenizer, data, tmp_path, adam_beta2=0.9).create_optimizer()
+    assert isinstance(plain, torch.optim.AdamW)
+    assert {group["betas"] for group in plain.param_groups} == {(0.9, 0.9)}
+    other = trainer(tokenizer, data, tmp_path, optim="sgd").create_optimizer()
+    assert isinstance(other, torch.optim.SGD)
+    assert [group["lr"] for group in other.param_groups] == [1e-3, 1e-3, 1e-2]
+
+
 def test_beta_moves_once_a_step_and_its_log_says_where_to(tokenizer, data, tmp_path):
     objective = GraceConfig(tau=0.0, eta=1e-6, ema_decay=0.0, beta_initial=0.5).objective("gdkd")
     log = run_stage(stage(losses="gdkd"), student(tokenizer), data, objective, tmp_path, device=CPU)

@@ -164,7 +164,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         return self.teacher(inputs, batch[ROWS] if ROWS in batch else supervised_rows(batch["labels"]))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW over weights, vectors without decay, and learned scales at ten times the rate."""
+        """Return the arguments' optimiser over weights, vectors without decay, and learned scales at ten times the rate."""
         if self.optimizer is None:
             rate, decay = self.args.learning_rate, self.args.weight_decay
             if any(isinstance(module, LSQFakeQuantizer) for module in self.model.modules()):
@@ -175,8 +175,8 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
                     {"params": [p for p in trained if p.ndim >= 2], "lr": rate, "weight_decay": decay},
                     {"params": [p for p in trained if p.ndim < 2], "lr": rate, "weight_decay": 0.0},
                 ]
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon, fused=True)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
