@@ -129,7 +129,9 @@ def controller() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for row in result["rows"]:
         taus = [entry["tau"] for entry in row["history"] if entry["tau"]]
-        percent = {key: f"{100 * row[key]:.1f}" for key in ("share_of_steps_on_a_bound", "accuracy_bf16", "accuracy_int4")}
+        percent = {
+            key: f"{100 * row[key]:.1f}" for key in ("share_of_steps_on_a_bound", "accuracy_bf16", "accuracy_int4")
+        }
         beta = f"{row['least_beta']:.2f} to {row['greatest_beta']:.2f}"
         shown.append({"variant": row["variant"], "tau": f"{taus[-1]:.3g}", "beta": beta} | percent)
         steps = [entry["step"] for entry in row["history"]]
@@ -149,6 +151,27 @@ def controller() -> None:
         "accuracy_int4": "INT4, %",
     }
     write_table("controller", shown, columns)
+
+
+def ablation(device: str) -> None:
+    """The newest ablation on a device: its tables, its plot, and how it was made."""
+    result = newest("ablation", device)
+    if result is None:
+        return
+    from gracekit.recipe.ablation_report import heading, plot, tables
+
+    for name, rows in tables(result).items():
+        with open(GENERATED / f"ablation-{name}-{device}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    plot(result).savefig(GENERATED / f"ablation-{device}.png", dpi=110)
+    about, train = result["environment"], result["config"]["train"]
+    packages = ", ".join(f"{name} {about['packages'][name]}" for name in ("torch", "torchao", "transformers"))
+    where = f"{about['processor']}, {about['threads']} threads" if about["device"] == "cpu" else about["device"]
+    (GENERATED / f"ablation-{device}.txt").write_text(
+        f"{heading(result)} {result['config']['run']['train_images']:,} training images, {train['steps']} steps and "
+        f"{result['config']['finish_steps']} more for the finish, batches of {train['batch_size']} images; {where}; {packages}; "
+        f"{sum(result['seconds'].values()) / 60:.0f} minutes.\n"
+    )
 
 
 VARIANTS = {
@@ -223,6 +246,7 @@ def build(*_: object) -> None:
     for device in ("nvidia-h200", "cpu"):
         losses(device)
         qat_linear(device)
+        ablation(device)
 
 
 if __name__ == "__main__":
