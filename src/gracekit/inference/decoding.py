@@ -1,0 +1,162 @@
+"""The decode step over tensors of fixed shape and place, so that it can be captured in a CUDA graph or compiled.
+
+Everything that changes from token to token lives on the device and is written in place: the token, its positions, where it goes
+in the cache, which places attention sees, the tokens so far, and which rows have ended. The host only counts steps.
+"""
+
+# B samples, L tokens of the padded prompt, C places of the cache, V vocabulary
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StaticCache
+
+from gracekit.inference.inputs import Choice, Prompt
+
+_WARM_UP = 3
+
+
+class Decoding:
+    """Cache and buffers for batches of one size.
+
+    Args:
+        model: of transformers.
+        positions: (..., B, L) of a prompt, as the model counts them: (B, L), or with leading axes for rotary positions in
+            several dimensions.
+        capacity: C.
+        compiled: compile the model's call.
+        graphed: capture the step in a CUDA graph.
+
+    Raises:
+        ValueError: the model needs another cache than keys and values of all tokens.
+    """
+
+    def __init__(self, model: Any, positions: Tensor, capacity: int, *, compiled: bool, graphed: bool) -> None:
+        self.model, self.graphed, self.compiled = model, graphed, compiled
+        self.cache = StaticCache(config=model.config, max_cache_len=capacity)
+        kinds = {type(layer).__name__ for layer in self.cache.layers}
+        if kinds != {"StaticLayer"}:
+            raise ValueError(
+                f"model must keep keys and values of all tokens in every layer, got {', '.join(sorted(kinds))} "
+                f"({type(model).__name__})"
+            )
+        device, batch = positions.device, positions.shape[-2]
+        self.hidden = torch.finfo(model.dtype).min
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(positions[..., :1])
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self.mask_B11C = torch.full((batch, 1, 1, capacity), self.hidden, dtype=model.dtype, device=device)
+        self.sequences_BC = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # Static addresses and shapes: one graph, never compiled anew.
+        self._call = torch.compile(self._forward, fullgraph=True, dynamic=False) if compiled else self._forward
+        self._captured: tuple[object, Callable[[], Any]] | None = None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values; 0 before the first token."""
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+
+    def prefill(self, prompt: Prompt, positions: Tensor, pad: int) -> Tensor:
+        """Read a prompt into the empty cache and return the logits (B, V) after its last token, in float32."""
+        length = prompt.ids.shape[1]
+        self.cache.reset()
+        keep = {"logits_to_keep": 1} if self.last_only else {}
+        inputs = self.model.prepare_inputs_for_generation(
+            prompt.ids,
+            is_first_iteration=True,
+            past_key_values=self.cache,
+            attention_mask=prompt.mask,
+            position_ids=positions,
+            use_cache=True,
+            **keep,
+            **prompt.rest,
+        )
+        logits: Tensor = self.model(**inputs, return_dict=True).logits[:, -1].float()
+        self.sequences_BC.fill_(pad)
+        self.sequences_BC[:, :length] = prompt.ids
+        self.mask_B11C.fill_(self.hidden)
+        self.mask_B11C[:, 0, 0, :length].masked_fill_(prompt.mask.bool(), 0.0)
+        self.positions.copy_(positions[..., -1:] + 1)
+        self.slot.fill_(length)
+        self.finished.fill_(False)
+        return logits
+
+    def step(self) -> Tensor:
+        """Read the last token and return the logits (B, V) after it, in float32."""
+        self.mask_B11C.index_fill_(3, self.slot, 0.0)
+        logits = self._call(self.token, self.positions, self.mask_B11C)
+        self.slot.add_(1)
+        self.positions.add_(1)
+        return logits
+
+    def write(self, chosen: Tensor, choice: Choice) -> None:
+        """Take tokens (B,) as the next ones, or the padding where a row has ended."""
+        if choice.eos is not None:
+            chosen = torch.where(self.finished, choice.pad, chosen)
+            self.finished.logical_or_(torch.isin(chosen, choice.eos))
+        self.token.copy_(chosen[:, None])
+        self.sequences_BC.index_copy_(1, self.slot, self.token)
+
+    def greedy_step(self, choice: Choice) -> None:
+        """Read the last token and take the likeliest one."""
+        self.write(self.step().argmax(dim=-1), choice)
+
+    def ready(self, key: object, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Return ``run`` as it is to be called again and again: captured, compiled, or as it is.
+
+        Must be called before the prefill: warming up writes into cache and buffers. ``key`` says what ``run`` depends on besides
+        the buffers; the last capture is kept.
+        """
+        if self._captured is None or self._captured[0] != key:
+            self._captured = None
+            self.slot.zero_()
+            self.positions.zero_()
+            self.cache.reset()
+            if self.graphed:
+                self._captured = (key, _capture(run))
+            else:
+                if self.compiled:
+                    run()
+                self._captured = (key, run)
+        return self._captured[1]
+
+    def _forward(self, token: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        keep = {"logits_to_keep": 1} if self.last_only else {}
+        out = self.model(
+            input_ids=token,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **keep,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+
+def _capture(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a replay of ``run`` from a CUDA graph; what ``run`` returned is overwritten at each replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay(keep: object = run) -> Any:  # the graph reads tensors that ``run`` holds
+        graph.replay()
+        return out
+
+    return replay
