@@ -178,3 +178,20 @@ def test_a_run_killed_at_a_random_step_ends_with_the_weights_of_one_that_was_not
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert [entry["beta"] for entry in history(cut)] == [entry["beta"] for entry in history(whole)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(home, tmp_path):
+    """As torchrun starts them; every step sees all ten records, so it is the step of one process."""
+    output = tmp_path / "run"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--per_device_train_batch_size", "5", "--max_steps", "2"]  # all ten records a step
+    command = [*launcher, "-m", "gracekit.recipe.cli", *arguments(home, output, *options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = tmp_path / "alone"
+    assert main(arguments(home, alone, "--per_device_train_batch_size", "10", "--max_steps", "2")) == 0
+    for ours, theirs in zip(history(output), history(alone), strict=True):
+        for name in ("loss", "ce", "gdkd", "rcka", "beta", "gate_mean"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name

@@ -85,6 +85,11 @@ def open_run(config: TrainConfig, folder: Path) -> bool:
     Raises:
         FileExistsError: it holds something else, or a run with other settings.
     """
+    with config.training.main_process_first():  # the others find its settings file
+        return _open(config, folder)
+
+
+def _open(config: TrainConfig, folder: Path) -> bool:
     settings = folder / _SETTINGS
     if settings.is_file():
         differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
@@ -98,10 +103,8 @@ def open_run(config: TrainConfig, folder: Path) -> bool:
         raise FileExistsError(
             f"output_dir must be a new or empty folder, got {str(folder)!r}, which holds something else"
         )
-    with config.training.main_process_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        if config.training.should_save:
-            write_json(settings, config.as_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(settings, config.as_dict())
     return True
 
 
