@@ -9,8 +9,9 @@ from transformers import AutoModelForImageTextToText
 
 from gracekit.quant import LSQConfig, convert, load_qat, prepare_qat, quantize_rtn, save_qat
 from gracekit.recipe import evaluate_model
+from gracekit.recipe.answering import load_model
 from gracekit.recipe.cli import main
-from gracekit.recipe.evaluate_model import load_model, open_answers
+from gracekit.recipe.evaluate_model import open_answers
 from gracekit.recipe.metrics import exact_match
 from gracekit.recipe.processors import load_processor
 from gracekit.recipe.questions import read_questions
@@ -100,6 +101,8 @@ def test_batched_answers_are_those_of_each_question_alone(pair, data, tmp_path):
         asked.key: one_by_one(model, processor, asked) for asked in questions
     }
     assert len(set(given.values())) > 1
+    assert main(arguments(folder, data, tmp_path / "own", "--precision", "fp32", "--engine", "gracekit")) == 0
+    assert answers(tmp_path / "own") == given
 
 
 def test_every_answer_in_the_data_is_a_question_with_what_stands_before_it(data):
