@@ -87,6 +87,25 @@ def test_plain_weights_and_cross_entropy_alone_need_no_teacher(home, tmp_path):
     AutoModelForImageTextToText.from_pretrained(output / "model")
 
 
+def test_a_run_takes_up_what_another_has_learned(home, tmp_path, capsys):
+    """BF16 first, INT4 from there, and INT4 again with the scales that were learned."""
+    plain, first, second = (tmp_path / name for name in ("plain", "first", "second"))
+    assert main(arguments(home, plain, "--precision", "bf16")) == 0
+    assert main(arguments(home, first, "--student", plain / "model")) == 0
+    assert (
+        main(arguments(home, second, "--student", first / "model", "--learning_rate", "0", "--weight_decay", "0")) == 0
+    )
+    learned, kept = (load_file(folder / "model" / SCALES_FILE) for folder in (first, second))
+    assert learned.keys() == kept.keys()
+    assert all(torch.equal(learned[name], kept[name]) for name in learned)
+    for wrong, message in (
+        (["--precision", "bf16"], "int4 or int8"),
+        (["--group_size", "32"], "those of the student's"),
+    ):
+        assert main(arguments(home, tmp_path / "wrong", "--student", first / "model", *wrong)) == 2
+        assert message in capsys.readouterr().err  # a folder that holds nothing yet takes other settings
+
+
 def test_a_finished_run_stays_and_other_settings_are_refused(home, tmp_path, capsys):
     output = tmp_path / "run"
     assert main(arguments(home, output)) == 0
@@ -128,7 +147,6 @@ def test_a_pair_that_does_not_fit_is_refused_with_the_reason(home, tmp_path, cap
     settings["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
     (other / "processor_config.json").write_text(json.dumps(settings))
     assert "same pixel_values" in refused(home, tmp_path, capsys, "--teacher", other)
-    shutil.rmtree(tmp_path / "run")
     assert "tokenizers must give every token one id" in refused(
         home, tmp_path, capsys, "--teacher", home / "qwen2_vl-teacher"
     )

@@ -77,7 +77,8 @@ class Meters:
             return {}
         names = sorted(self._sums)
         sums = torch.stack([*(self._sums[name] for name in names), torch.tensor(self._supervised, device=self.device)])
-        *values, supervised = all_sum(sums).tolist()
+        values = all_sum(sums).tolist()
+        supervised: float = values.pop()
         total = dict(zip(names, values, strict=True))
         seconds = max(time.monotonic() - self._since, 1e-9)
         entry = {name: value / self._steps for name, value in total.items() if name not in _COUNTS + _SQUARES}
@@ -85,7 +86,7 @@ class Meters:
             controller = trainer.objective.controller
             entry["gate_mean"] = total["gates"] / max(1.0, supervised)
             entry |= {"beta": controller.multiplier.item(), "ema": controller.ema.item(), "tau": controller.target}
-            saturated = controller.saturated_steps.item()
+            saturated = int(controller.saturated_steps)
             entry["saturated_share"] = (saturated - self._saturated) / self._steps
             self._saturated = saturated
         if total.get("total_square"):

@@ -23,7 +23,7 @@ from gracekit.recipe.distillation import Teacher, supervised_rows
 from gracekit.recipe.stages import write_json
 
 SHARD = 128
-_ABOUT, _HEAD = "states.json", "head.safetensors"
+ABOUT, _HEAD = "states.json", "head.safetensors"
 _PREFIX = "teacher_"
 
 
@@ -65,7 +65,7 @@ def compute_states(
     described = {**about, "samples": len(dataset), "shard": SHARD}
     _check(folder, described)
     if rank == 0:
-        write_json(folder / _ABOUT, described)
+        write_json(folder / ABOUT, described)
         if teacher.head is not None:
             _save({"weight": teacher.head.cpu().contiguous()}, folder / _HEAD)
     for number, start in enumerate(range(0, len(dataset), SHARD)):
@@ -107,7 +107,7 @@ class TeacherStates:
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder = folder
-        path = folder / _ABOUT
+        path = folder / ABOUT
         if not path.is_file():
             raise ValueError(f"teacher_states must be a folder of a teacher's answers, got {str(folder)!r}")
         described = json.loads(path.read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _check(folder: Path, described: Mapping[str, Any]) -> None:
-    path = folder / _ABOUT
+    path = folder / ABOUT
     if not path.is_file():
         return
     there = json.loads(path.read_text(encoding="utf-8"))

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
-from gracekit.quant import coverage, prepare_qat, save_qat
+from gracekit.quant import coverage, load_qat, prepare_qat, save_qat
 from gracekit.quant.formats.trained import SCALES_FILE
+from gracekit.quant.lsq import LSQFakeQuantizer
 from gracekit.recipe.batches import ConversationCollator, ConversationDataset
 from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
 from gracekit.recipe.conversations import Conversations, load_conversations
@@ -27,7 +29,7 @@ from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.stages import write_json
-from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset, TeacherStates, compute_states
+from gracekit.recipe.teacher_states import ABOUT, TaughtCollator, TaughtDataset, TeacherStates, compute_states
 from gracekit.recipe.train_config import TrainConfig, parse
 from gracekit.recipe.trainer import GraceTrainer
 
@@ -93,7 +95,9 @@ def _open(config: TrainConfig, folder: Path) -> bool:
     settings = folder / _SETTINGS
     if settings.is_file():
         differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
-        if differences:
+        if differences and not _begun(folder):
+            write_json(settings, config.as_dict())  # of a run that was refused or left before it kept anything
+        elif differences:
             raise FileExistsError(
                 f"output_dir must be a new folder or a run with the same settings, got {str(folder)!r} with other ones "
                 f"(there -> asked for): {'; '.join(differences)}"
@@ -106,6 +110,11 @@ def _open(config: TrainConfig, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(settings, config.as_dict())
     return True
+
+
+def _begun(folder: Path) -> bool:
+    kept = (folder / _DONE, folder / "teacher_states" / ABOUT)
+    return latest_checkpoint(folder) is not None or any(path.is_file() for path in kept)
 
 
 def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversations:
@@ -153,9 +162,7 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
             head = head.to(config.training.device) if head is not None else None
             teacher, pair.teacher = None, None
             data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
-    quantiser = config.pair.quantiser()
-    if quantiser is not None:
-        prepare_qat(pair.student, quantiser)
+    prepare_student(config, pair.student)
     trainer = GraceTrainer(
         losses=config.method.losses,
         objective=config.method.objective(config.method.losses, vocab_size=pair.vocab_size),
@@ -171,6 +178,27 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
     )
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def prepare_student(config: TrainConfig, student: nn.Module) -> None:
+    """Give a student learned scales, where its precision asks for them: those of its folder, or new ones.
+
+    Raises:
+        ValueError: its folder has scales of another format, or the run is to train none.
+    """
+    quantiser, folder = config.pair.quantiser(), Path(config.pair.student)
+    learned = (folder / SCALES_FILE).is_file()
+    if learned and quantiser is None:
+        raise ValueError(f"precision must be int4 or int8 for a student with learned scales, got 'bf16' for {folder}")
+    if quantiser is None:
+        return
+    if not learned:
+        prepare_qat(student, quantiser)
+        return
+    load_qat(student, folder)
+    there = {module.config for module in student.modules() if isinstance(module, LSQFakeQuantizer)}
+    if there != {quantiser}:
+        raise ValueError(f"precision and group_size must be those of the student's scales, {there}, got {quantiser}")
 
 
 def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden: bool) -> tuple[Teacher, bool]:
