@@ -187,6 +187,14 @@ def test_every_comparison_is_of_two_cells_that_there_are_and_none_is_made_twice(
     assert pairs([("ce", "bf16")]) == []
 
 
+@pytest.mark.parametrize("command", ["ablate", "evaluate", "recipe"])
+def test_a_command_explains_its_options(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert "--output" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("count", range(1, 10))
 def test_right_and_wrong_survive_packing(count):
     right = [bool((count * 37 >> i) & 1) for i in range(count)]
