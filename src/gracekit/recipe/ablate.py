@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from gracekit._checks import check_choice, check_int
+from gracekit.recipe.bad_records import BadRecordsError
 from gracekit.recipe.config import GraceConfig, RecipeConfig, RunConfig, TrainConfig, option
 from gracekit.recipe.data import encode
 from gracekit.recipe.environment import environment
 from gracekit.recipe.experiment import FULL, Clock, Run, Student, open_folder, open_run, teacher_variant, train_student
 from gracekit.recipe.gate_ground import gate_ground, token_entropy
-from gracekit.recipe.models import STUDENT, teacher_folder
+from gracekit.recipe.models import teacher_folder
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.stages import write_json
 
@@ -88,7 +89,7 @@ class AblationConfig(RecipeConfig):
     def __post_init__(self) -> None:
         for name, given in (("seed", self.run.seed), ("losses", self.run.losses)):
             if given != getattr(RunConfig(), name):
-                raise ValueError(f"{name} is what an ablation goes through (give --seeds), got {name}={given!r}")
+                raise ValueError(f"{name} is what an ablation goes through (give --seeds and --students), got {name}={given!r}")
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Return the settings that change results and differ; a folder may be given more seeds."""
@@ -132,7 +133,7 @@ def run_ablation(config: AblationConfig, folder: Path) -> dict[str, Any]:
     clock = Clock(folder / "seconds.json")
     with progress_bars() as bars, clock("teacher"):
         run = open_run(config, folder, bars, held_out=True)
-    variants = [teacher_variant(config.run.teacher)]
+    variants = [teacher_variant(run.teacher_path)]
     seconds = dict(clock.seconds)
     plan = [(seed, student) for seed in config.ablation.seeds for student in config.students()]
     for turn, (seed, student) in enumerate(plan, start=1):
@@ -148,7 +149,7 @@ def run_ablation(config: AblationConfig, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = without_nan(
         {
             "environment": environment(run.device),
-            "config": config.as_dict() | {"student": asdict(STUDENT), "finish_steps": config.train.finish},
+            "config": config.as_dict() | {"student": asdict(run.size), "finish_steps": config.train.finish},
             "variants": variants,
             "questions": len(run.test.questions),
             "gate_ground": teacher_ground(run, config.ablation.bins),
@@ -195,7 +196,11 @@ def teacher_ground(run: Run, bins: int) -> dict[str, Any]:
     An answer's entropy is the sum over its tokens, its end included; it is wrong if the likeliest class of one of them is.
     """
     assert run.held_out is not None
-    answered = encode(run.tokenizer, [question.answer for question in run.test.questions])
+    answered = encode(
+        run.tokenizer,
+        [question.answer for question in run.test.questions],
+        open_vocabulary=run.test.open_vocabulary,
+    )
     rows = [[*ids, run.tokenizer.eos_token_id] for ids in answered]
     targets = torch.tensor([token for row in rows for token in row])
     logits = run.held_out.logits
@@ -219,7 +224,7 @@ def without_nan(value: Any) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the paper's ablations at the recipe's scale, over several seeds; 0 when their report stands."""
+    """Run the paper's ablations at the recipe's scale, over several seeds."""
     from gracekit.recipe.ablation_report import write_report
     from gracekit.recipe.comparisons import compare
 
@@ -242,6 +247,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(output / "config.json", config.as_dict())
     try:
         results = run_ablation(config, output)
+    except BadRecordsError as error:
+        print(f"gracekit ablate: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         say("Interrupted; the same command goes on from the last checkpoint.")
         return 130

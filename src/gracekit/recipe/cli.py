@@ -19,6 +19,7 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 def recipe(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; 0 when its report stands."""
+    from gracekit.recipe.bad_records import BadRecordsError
     from gracekit.recipe.config import parse
     from gracekit.recipe.experiment import announce, open_folder, run_recipe
     from gracekit.recipe.models import teacher_folder
@@ -41,6 +42,9 @@ def recipe(arguments: Sequence[str] | None = None) -> int:
     announce(folder)
     try:
         results = run_recipe(config, folder)
+    except BadRecordsError as error:
+        print(f"gracekit recipe: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         say("Interrupted; the same command goes on from the last checkpoint.")
         return 130

@@ -32,9 +32,13 @@ class RunConfig:
         device: "auto" takes CUDA where there is one.
         losses: what the students are trained with, each in BF16 and INT4: "ce" the answers alone, "kl" and a plain KL divergence
             to the teacher, "gdkd" and the gated distillation, "grace" all three parts.
-        train_images: how many of the 4,000 training images to use.
-        test_images: how many of the 1,000 test images to answer questions about.
-        teacher: folder of a teacher; empty for the one in the package.
+        train_images: how many of easy-VQA's 4,000 training images to use.
+        test_images: how many of its 1,000 test images to answer questions about.
+        teacher: folder of a teacher; empty for the one in the package, or with ``data`` for one that the run trains first.
+        data: folder of one's own data: train.json and test.json (or .jsonl) in the LLaVA format; empty for easy-VQA.
+        image_folder: where relative paths of images start; empty: ``data``.
+        image_size: side of the square that images of ``data`` are brought to, in pixels, a multiple of 8.
+        teacher_steps: optimiser steps of the teacher that is trained on ``data``.
     """
 
     output: str = option("runs/recipe", "folder of this run; resumed if it holds an unfinished one")
@@ -46,7 +50,11 @@ class RunConfig:
     )
     train_images: int = option(4000, "training images to use, at most 4000")
     test_images: int = option(1000, "test images to answer questions about, at most 1000")
-    teacher: str = option("", "folder of a teacher made by `gracekit teacher`; empty: the one in the package")
+    teacher: str = option("", "folder of a teacher; empty: the one in the package, or with --data one trained first")
+    data: str = option("", "folder of your own data, with train.json and test.json; empty: easy-VQA")
+    image_folder: str = option("", "where relative paths of images of --data start; empty: that folder")
+    image_size: int = option(64, "side of the square that images of --data are brought to, in pixels, a multiple of 8")
+    teacher_steps: int = option(3500, "optimiser steps of the teacher that is trained on --data")
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, low=0)
@@ -57,6 +65,16 @@ class RunConfig:
             check_choice("losses", name, LOSSES)
         check_int("train_images", self.train_images, low=8, high=4000)
         check_int("test_images", self.test_images, low=1, high=1000)
+        check_int("image_size", self.image_size, low=16, high=512)
+        if self.image_size % 8:
+            raise ValueError(f"image_size must be a multiple of 8, got image_size={self.image_size}")
+        check_int("teacher_steps", self.teacher_steps, low=2)
+        of_the_other = ("train_images", "test_images") if self.data else ("image_folder", "image_size", "teacher_steps")
+        for name in of_the_other:
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                rule = "with data, all of which is used" if self.data else "without data"
+                raise ValueError(f"{name} must not be given {rule}, got {name}={getattr(self, name)!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device must be one that is present, got device='cuda' and no CUDA device")
 
@@ -142,7 +160,7 @@ class GraceConfig:
     alpha: float = option(1.0, "weight of the target class's part")
     beta_dkd: float = option(4.0, "weight of the other classes' part")
     tau: str = option("1.0", "what the controller brings L_GDKD down to: a number, or auto")
-    tau_steps: int = option(0, "optimiser steps that --tau auto looks at; 0: the first 40 % of the training")
+    tau_steps: int = option(0, "optimiser steps that --tau auto looks at; 0: the first two fifths of the training")
     tau_quantile: float = option(0.1, "quantile of their L_GDKD that --tau auto takes")
     eta: float = option(0.0015, "step size of the controller; 0 keeps beta fixed")
     beta_initial: float = option(0.5, "multiplier of L_GDKD at the start")
@@ -205,7 +223,8 @@ class RecipeConfig:
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Return "part.name: theirs -> ours" for every setting that changes results and differs; ``output`` does not."""
         mine = _flatten(self.as_dict())
-        theirs = _flatten(other)
+        # A run that was made before a setting existed has its default.
+        theirs = _flatten(RecipeConfig().as_dict()) | _flatten(other)
         names = sorted((mine.keys() | theirs.keys()) - {"run.output"})
         return [f"{n}: {theirs.get(n)!r} -> {mine.get(n)!r}" for n in names if mine.get(n) != theirs.get(n)]
 
@@ -217,7 +236,8 @@ def parse(arguments: Sequence[str] | None, prog: str) -> RecipeConfig:
     parser = HfArgumentParser(
         (RunConfig, TrainConfig, GraceConfig),
         prog=prog,
-        description="GRACE end to end on easy-VQA: distil, train with INT4 weights, answer with the INT4 kernel, report.",
+        description="GRACE end to end on easy-VQA or your own folder: distil, train with INT4 weights, answer with the INT4 "
+        "kernel, report.",
     )
     try:
         run, train, grace = parser.parse_args_into_dataclasses(args=arguments)

@@ -38,10 +38,25 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class VqaSplit:
-    """Images (N, 3, H, W) uint8 and the questions about them."""
+    """Images and the questions about them.
+
+    Attributes:
+        images: (N, 3, H, W) uint8.
+        questions: about them, in any order.
+        centre: brightness in [0, 255] that becomes 0 in a model's input; easy-VQA has a light background.
+        spread: brightness that becomes 1, from there.
+        open_vocabulary: words that the tokenizer does not know may occur, and are read as ``<unk>``; else they are an error.
+    """
 
     images: Tensor
     questions: list[Question]
+    centre: float = 225.0
+    spread: float = 60.0
+    open_vocabulary: bool = False
+
+    def pixels(self, indices: Any) -> Tensor:
+        """Return some of the images as a model takes them, float32."""
+        return pixel_values(self.images[indices], self.centre, self.spread)
 
 
 def load_easy_vqa(split: str, image_count: int) -> VqaSplit:
@@ -59,19 +74,24 @@ def load_easy_vqa(split: str, image_count: int) -> VqaSplit:
     return VqaSplit(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), questions)
 
 
-def pixel_values(images: Tensor) -> Tensor:
-    """Return uint8 images as float32, centred on a light background and scaled to about unit spread."""
-    return (images.float() - 225.0) / 60.0
+def pixel_values(images: Tensor, centre: float = 225.0, spread: float = 60.0) -> Tensor:
+    """Return uint8 images as float32, centred (by default on a light background) and scaled to about unit spread."""
+    return (images.float() - centre) / spread
+
+
+def split_words(text: str) -> list[str]:
+    """Return a text's words and punctuation marks in lower case, as the tokenizer splits it."""
+    lower = normalizers.Lowercase().normalize_str(text)
+    return [word for word, _ in pre_tokenizers.Whitespace().pre_tokenize_str(lower)]
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer of the words in ``texts``; ids do not depend on their order."""
-    splitter = pre_tokenizers.Whitespace()
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(text.lower())}
+    words = {word for text in texts for word in split_words(text)}
     vocabulary = [PAD, BOS, EOS, UNKNOWN, IMAGE, USER, ASSISTANT, *sorted(words)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
     core.normalizer = normalizers.Lowercase()
-    core.pre_tokenizer = splitter
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
@@ -94,13 +114,23 @@ def question_text(question: str) -> str:
     return f"{question} {ASSISTANT}"
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of texts, nothing added; a word that the tokenizer does not know is a ValueError."""
+def encode(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], *, open_vocabulary: bool = False
+) -> list[list[int]]:
+    """Return the ids of texts, nothing added.
+
+    A word that the tokenizer does not know is a ValueError, or ``<unk>`` with ``open_vocabulary``.
+    """
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     for text, row in zip(texts, ids, strict=True):
-        if tokenizer.unk_token_id in row:
+        if not open_vocabulary and tokenizer.unk_token_id in row:
             raise ValueError(f"text must be made of the tokenizer's words, got {text!r}")
     return ids
+
+
+def longest_answer(questions: Iterable[Question]) -> int:
+    """Return the tokens of the longest answer, its end included, and at least 3."""
+    return max(3, 1 + max(len(split_words(question.answer)) for question in questions))
 
 
 class PackedVqa(Dataset[int]):
@@ -126,8 +156,11 @@ class PackedVqa(Dataset[int]):
     ) -> None:
         self.split, self.image_tokens, self.teacher = split, image_tokens, teacher
         (prefix,) = encode(tokenizer, [prefix_text(image_tokens)])
-        asked = encode(tokenizer, [question_text(q.text) for q in split.questions])
-        answered = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, [q.answer for q in split.questions])]
+        asked, answers = (
+            encode(tokenizer, texts, open_vocabulary=split.open_vocabulary)
+            for texts in ([question_text(q.text) for q in split.questions], [q.answer for q in split.questions])
+        )
+        answered = [[*ids, tokenizer.eos_token_id] for ids in answers]
         groups = _groups([q.image for q in split.questions], questions_per_image)
         self.image_index = torch.tensor([split.questions[group[0]].image for group in groups])
         rows = [_pack(prefix, [(asked[q], answered[q]) for q in group]) for group in groups]
@@ -159,7 +192,7 @@ class PackedVqa(Dataset[int]):
             "labels": self.labels[rows, :length],
             "position_ids": self.position_ids[rows, :length],
             "attention_mask": packed_attention_mask(self.segments[rows, :length]),
-            "pixel_values": pixel_values(self.split.images[image]),
+            "pixel_values": self.split.pixels(image),
         }
         if self.teacher is not None:
             tokens = self.supervised[rows]

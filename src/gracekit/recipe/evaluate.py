@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from gracekit.recipe.data import Question, VqaSplit, encode, pixel_values, prefix_text, question_text
+from gracekit.recipe.data import Question, VqaSplit, encode, prefix_text, question_text
 
 
 @torch.inference_mode()
@@ -35,7 +35,8 @@ def generate_answers(
     """
     model.eval()
     parameter = next(model.parameters())
-    prompts = encode(tokenizer, [prefix_text(image_tokens) + question_text(q.text) for q in split.questions])
+    asked = [prefix_text(image_tokens) + question_text(q.text) for q in split.questions]
+    prompts = encode(tokenizer, asked, open_vocabulary=split.open_vocabulary)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -48,7 +49,7 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[index] for index in chosen]}, return_tensors="pt")
-        images = pixel_values(split.images[[split.questions[index].image for index in chosen]])
+        images = split.pixels([split.questions[index].image for index in chosen])
         generated = model.generate(
             input_ids=batch["input_ids"].to(parameter.device),
             attention_mask=batch["attention_mask"].to(parameter.device),

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,23 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from gracekit.quant import LSQConfig, convert, prepare_qat, quantize_rtn
 from gracekit.recipe.config import GraceConfig, RecipeConfig
-from gracekit.recipe.data import PackedVqa, TeacherOutputs, VqaSplit, load_easy_vqa
+from gracekit.recipe.data import PackedVqa, TeacherOutputs, VqaSplit, longest_answer
 from gracekit.recipe.environment import environment
 from gracekit.recipe.evaluate import accuracy, generate_answers
 from gracekit.recipe.models import (
     STUDENT,
+    ModelSize,
     build_model,
     load_teacher,
     parameter_count,
     teacher_folder,
     teacher_outputs,
 )
+from gracekit.recipe.own_data import check_run, describe, load_splits
 from gracekit.recipe.progress import progress_bars, say
 from gracekit.recipe.stages import Stage, run_stage, write_json
 from gracekit.recipe.student_files import save_student
+from gracekit.recipe.teacher import own_teacher
 from gracekit.vlm import language_linears
 
 FULL, RTN, QAT = "bf16", "int4-rtn", "int4-qat"
@@ -47,6 +50,8 @@ class Run:
     train: VqaSplit
     test: VqaSplit
     tokenizer: PreTrainedTokenizerFast
+    size: ModelSize  # of every student
+    teacher_path: str
     teacher: TeacherOutputs
     bars: Progress
     held_out: TeacherOutputs | None = None
@@ -74,7 +79,9 @@ def open_folder(config: RecipeConfig) -> Path | None:
 
     Raises:
         FileExistsError: the folder holds something else, or a run with other settings.
+        ValueError: the data or the teacher cannot be this run's.
     """
+    check_run(config.run)
     folder = Path(config.run.output)
     settings = folder / "config.json"
     if settings.is_file():
@@ -102,9 +109,12 @@ def open_run(config: RecipeConfig, folder: Path, bars: Progress, *, held_out: bo
         held_out: have the teacher read the test questions too.
     """
     device = config.run.torch_device()
-    teacher, tokenizer = load_teacher(config.run.teacher)
-    train = load_easy_vqa("train", config.run.train_images)
-    test = load_easy_vqa("test", config.run.test_images)
+    train, test = load_splits(config.run)
+    path = config.run.teacher
+    if config.run.data and not path:
+        path = str(own_teacher(config.run, train, test, folder / "teacher", bars))
+    teacher, tokenizer = load_teacher(path)
+    _say_unknown(describe(train, test, tokenizer))
     teacher.to(device)
     return Run(
         config,
@@ -113,6 +123,8 @@ def open_run(config: RecipeConfig, folder: Path, bars: Progress, *, held_out: bo
         train,
         test,
         tokenizer,
+        replace(STUDENT, image_size=config.run.image_size),
+        path,
         _teacher_outputs(teacher, train, tokenizer, folder / "stages" / "teacher.safetensors", bars),
         bars,
         _teacher_outputs(teacher, test, tokenizer, folder / "stages" / "teacher-test.safetensors", bars)
@@ -121,19 +133,32 @@ def open_run(config: RecipeConfig, folder: Path, bars: Progress, *, held_out: bo
     )
 
 
+def _say_unknown(found: dict[str, Any]) -> None:
+    if found["unknown_words"]:
+        say(
+            f"{found['unknown_words']:,} words of the test questions are not among the training set's: the models read them as "
+            f"<unk>, {found['unknown_words_read']:,} times"
+        )
+    if found["unknown_answers"]:
+        say(
+            f"{found['unknown_answers']:,} test answers have words that no training answer or question has: they count as wrong"
+        )
+
+
 def run_recipe(config: RecipeConfig, folder: Path) -> dict[str, Any]:
     """Run, or go on with, a recipe in its folder and return its results."""
     clock = Clock(folder / "seconds.json")
     with progress_bars() as bars:
         with clock("teacher"):
             run = open_run(config, folder, bars)
-        variants = [teacher_variant(config.run.teacher)]
+        variants = [teacher_variant(run.teacher_path)]
         for losses in config.run.losses:
             student = Student(name=losses, losses=losses, grace=config.grace, precisions=(FULL, RTN, QAT))
             variants += train_student(run, student, clock)
     return {
         "environment": environment(run.device),
-        "config": config.as_dict() | {"student": asdict(STUDENT), "finish_steps": config.train.finish},
+        "config": config.as_dict() | {"student": asdict(run.size), "finish_steps": config.train.finish},
+        "data": describe(run.train, run.test, run.tokenizer),
         "variants": variants,
         "questions": len(run.test.questions),
         "seconds": clock.seconds,
@@ -162,7 +187,7 @@ def train_student(run: Run, student: Student, clock: Clock) -> list[dict[str, An
     data = PackedVqa(
         run.train,
         run.tokenizer,
-        image_tokens=STUDENT.image_tokens,
+        image_tokens=run.size.image_tokens,
         questions_per_image=train.questions_per_image,
         teacher=None if student.losses == "ce" else run.teacher,
     )
@@ -195,7 +220,7 @@ def train_student(run: Run, student: Student, clock: Clock) -> list[dict[str, An
         run.bars.update(task, completed=steps)
         return log
 
-    start = build_model(STUDENT, run.tokenizer, seed=seed)
+    start = build_model(run.size, run.tokenizer, seed=seed)
     common = stage(
         start, f"{student.name}-start", train.steps, train.learning_rate, "constant_with_warmup", objective, seed
     )
@@ -208,7 +233,8 @@ def train_student(run: Run, student: Student, clock: Clock) -> list[dict[str, An
         name = f"{student.name}-{precision}"
         log = stage(model, name, train.finish, train.finish_learning_rate, "linear", own, seed + 1)
         if precision != FULL:
-            save_student(model, run.tokenizer, run.folder / "models" / name)
+            home = run.folder / "models" / name
+            save_student(model, run.tokenizer, home, centre=run.train.centre, spread=run.train.spread)
         history = common + [entry | {"step": entry["step"] + train.steps} for entry in log]
         return (model.to(torch.bfloat16) if precision == FULL else model), history
 
@@ -250,7 +276,7 @@ def _judge(run: Run, student: Student, precision: str, trained: nn.Module, clock
         "seed": run.config.run.seed,
         "accuracy": accuracy(answers, run.test.questions),
         "questions": len(answers),
-        "parameters": parameter_count(build_model(STUDENT, run.tokenizer, seed=0)),
+        "parameters": parameter_count(build_model(run.size, run.tokenizer, seed=0)),
     }
 
 
@@ -266,7 +292,8 @@ def _answers(run: Run, name: str, deployed: Callable[[], Any], clock: Clock) -> 
                 model,
                 run.test,
                 run.tokenizer,
-                image_tokens=STUDENT.image_tokens,
+                image_tokens=run.size.image_tokens,
+                max_new_tokens=longest_answer(run.train.questions),
                 advance=lambda count: run.bars.advance(task, count),
             )
         write_json(path, {"kernel": kernel_name(model), "answers": answers})

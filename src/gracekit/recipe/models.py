@@ -35,7 +35,8 @@ class ModelSize:
         text_layers: blocks of the language model, at least 2.
         heads: attention heads.
         mlp_ratio: inner width of an MLP over ``width``.
-        patch_size: pixels of a patch's side; (64 / patch_size)**2 visual tokens.
+        patch_size: pixels of a patch's side.
+        image_size: pixels of an image's side, a multiple of ``patch_size``; (image_size / patch_size)**2 visual tokens.
     """
 
     width: int = 64
@@ -44,20 +45,23 @@ class ModelSize:
     heads: int = 4
     mlp_ratio: int = 2
     patch_size: int = 8
+    image_size: int = IMAGE_SIZE
 
     def __post_init__(self) -> None:
-        for name in ("width", "vision_layers", "heads", "mlp_ratio", "patch_size"):
+        for name in ("width", "vision_layers", "heads", "mlp_ratio", "patch_size", "image_size"):
             check_int(name, getattr(self, name), low=1)
         check_int("text_layers", self.text_layers, low=2)
         if self.width % self.heads:
             raise ValueError(f"heads must divide width, got heads={self.heads} and width={self.width}")
-        if IMAGE_SIZE % self.patch_size:
-            raise ValueError(f"patch_size must divide {IMAGE_SIZE}, got patch_size={self.patch_size}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide image_size, got patch_size={self.patch_size} and image_size={self.image_size}"
+            )
 
     @property
     def image_tokens(self) -> int:
         """Visual tokens of one image."""
-        return (IMAGE_SIZE // self.patch_size) ** 2
+        return (self.image_size // self.patch_size) ** 2
 
 
 STUDENT = ModelSize()
@@ -77,7 +81,7 @@ def build_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, *, seed: in
         vision_config=CLIPVisionConfig(
             **blocks,
             num_hidden_layers=size.vision_layers,
-            image_size=IMAGE_SIZE,
+            image_size=size.image_size,
             patch_size=size.patch_size,
             projection_dim=size.width,
         ),
@@ -86,7 +90,7 @@ def build_model(size: ModelSize, tokenizer: PreTrainedTokenizerFast, *, seed: in
             num_hidden_layers=size.text_layers,
             num_key_value_heads=size.heads,
             vocab_size=-(-len(tokenizer) // 16) * 16,
-            max_position_embeddings=256,
+            max_position_embeddings=max(256, 4 * size.image_tokens),
             initializer_range=spread,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,

@@ -13,7 +13,9 @@ import matplotlib
 from PIL import Image
 from rich.table import Table
 
-from gracekit.recipe.data import VqaSplit, load_easy_vqa
+from gracekit.recipe.config import RunConfig
+from gracekit.recipe.data import VqaSplit
+from gracekit.recipe.own_data import load_splits
 from gracekit.recipe.progress import console
 from gracekit.recipe.stages import write_text
 
@@ -79,7 +81,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
             plt.close(figure)
             (folder / f"{name}.png").write_bytes(buffer.getvalue())
             drawn[name] = _data_uri(buffer.getvalue())
-    test = load_easy_vqa("test", results["config"]["run"]["test_images"])
+    _, test = load_splits(RunConfig(**results["config"]["run"]))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gracekit.recipe", "assets"), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -88,6 +90,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
         rows=rows(results),
         plots=drawn,
         samples=_samples(folder, results, test),
+        images=len(test.images),
         total=sum(results["seconds"].values()),
     )
     write_text(folder / "report.html", page)

@@ -22,16 +22,31 @@ TEMPLATE = (
 )
 
 
-def save_student(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a prepared student with its scales, tokenizer, image processor and chat template; one that is there stays."""
+def save_student(
+    model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, *, centre: float = 225.0, spread: float = 60.0
+) -> None:
+    """Write a prepared student with its scales, tokenizer, image processor and chat template; one that is there stays.
+
+    Args:
+        model: the student.
+        tokenizer: of the student.
+        folder: to write.
+        centre: brightness that was 0 in its input.
+        spread: brightness that was 1, from there.
+    """
     if (folder / SCALES_FILE).is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted writing
     vision = model.config.vision_config
     kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     size = {"height": vision.image_size, "width": vision.image_size}
-    # What gracekit.recipe.data.pixel_values does.
-    images = kind(size=size, do_center_crop=False, do_rescale=False, image_mean=[225.0] * 3, image_std=[60.0] * 3)
+    images = kind(
+        size=size,
+        do_center_crop=False,
+        do_rescale=False,
+        image_mean=[centre] * 3,
+        image_std=[spread] * 3,
+    )
     processor = transformers.LlavaProcessor(
         images,
         tokenizer,

@@ -5,21 +5,24 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.progress import Progress
 
 from gracekit._checks import check_choice, check_int, check_real
 from gracekit.objective import GraceObjective
 from gracekit.recipe.config import RunConfig, option
-from gracekit.recipe.data import PackedVqa, build_tokenizer, load_easy_vqa
+from gracekit.recipe.data import PackedVqa, VqaSplit, build_tokenizer, load_easy_vqa, longest_answer
 from gracekit.recipe.environment import environment
 from gracekit.recipe.evaluate import accuracy, generate_answers
-from gracekit.recipe.models import TEACHER, build_model, parameter_count
+from gracekit.recipe.models import TEACHER, ModelSize, build_model, parameter_count
 from gracekit.recipe.progress import progress_bars, say
 from gracekit.recipe.stages import Stage, run_stage, write_json
+
+_RECORD = "training.json"  # written last: what makes a teacher a finished one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +65,57 @@ class MirroredVqa(PackedVqa):
 
 
 def train_teacher(config: TeacherConfig) -> float:
-    """Train a teacher into ``config.output`` and return its accuracy on the test images."""
-    folder = Path(config.output)
-    if (folder / "training.json").exists():
+    """Train a teacher on easy-VQA into ``config.output`` and return its accuracy on the test images."""
+    if (Path(config.output) / _RECORD).exists():
         raise FileExistsError(
             f"output must be a new folder or an unfinished training, got a teacher in {config.output!r}"
         )
+    train, test = load_easy_vqa("train", config.train_images), load_easy_vqa("test", config.test_images)
+    with progress_bars() as bars:
+        return fit_teacher(config, train, test, bars, size=TEACHER, packed=MirroredVqa)
+
+
+def own_teacher(run: RunConfig, train: VqaSplit, test: VqaSplit, folder: Path, bars: Progress) -> Path:
+    """Return the folder of a teacher for a run's own data, trained there if it is not yet; nothing is mirrored.
+
+    Args:
+        run: how long to train, and on what device.
+        train: what to learn.
+        test: what to answer for its record.
+        folder: of the teacher; an interrupted training goes on.
+        bars: to show progress in.
+    """
+    if not (folder / _RECORD).is_file():
+        config = TeacherConfig(output=str(folder), device=run.device, steps=run.teacher_steps)
+        fit_teacher(config, train, test, bars, size=replace(TEACHER, image_size=run.image_size), packed=PackedVqa)
+    return folder
+
+
+def fit_teacher(
+    config: TeacherConfig,
+    train: VqaSplit,
+    test: VqaSplit,
+    bars: Progress,
+    *,
+    size: ModelSize,
+    packed: type[PackedVqa],
+) -> float:
+    """Train a teacher on some images into ``config.output`` and return its accuracy on others.
+
+    Args:
+        config: how to train; its numbers of images are not looked at.
+        train: what to learn; the tokenizer is made of its words.
+        test: what to answer for the record.
+        bars: to show progress in.
+        size: of the model.
+        packed: makes packed examples.
+    """
+    folder = Path(config.output)
     device = RunConfig(device=config.device).torch_device()
     start = time.monotonic()
-    train, test = load_easy_vqa("train", config.train_images), load_easy_vqa("test", config.test_images)
     tokenizer = build_tokenizer(text for q in train.questions for text in (q.text, q.answer))
-    model = build_model(TEACHER, tokenizer, seed=config.seed)
-    data = MirroredVqa(
-        train, tokenizer, image_tokens=TEACHER.image_tokens, questions_per_image=config.questions_per_image
-    )
+    model = build_model(size, tokenizer, seed=config.seed)
+    data = packed(train, tokenizer, image_tokens=size.image_tokens, questions_per_image=config.questions_per_image)
     stage = Stage(
         name="stages/teacher",
         losses="ce",
@@ -87,35 +127,35 @@ def train_teacher(config: TeacherConfig) -> float:
         weight_decay=config.weight_decay,
         seed=config.seed,
     )
-    with progress_bars() as bars:
-        bar = bars.add_task(f"teacher, {parameter_count(model):,} parameters", total=config.steps)
-        log = run_stage(
-            stage,
-            model,
-            data,
-            GraceObjective(),
-            folder,
-            device=device,
-            report=lambda step, text: bars.update(bar, completed=step, note=text),
-        )
-        model.to(torch.bfloat16)
-        bar = bars.add_task("teacher answers test questions", total=len(test.questions))
-        answers = generate_answers(
-            model,
-            test,
-            tokenizer,
-            image_tokens=TEACHER.image_tokens,
-            advance=lambda count: bars.advance(bar, count),
-        )
+    bar = bars.add_task(f"teacher, {parameter_count(model):,} parameters", total=config.steps)
+    log = run_stage(
+        stage,
+        model,
+        data,
+        GraceObjective(),
+        folder,
+        device=device,
+        report=lambda step, text: bars.update(bar, completed=step, note=text),
+    )
+    model.to(torch.bfloat16)
+    bar = bars.add_task("teacher answers test questions", total=len(test.questions))
+    answers = generate_answers(
+        model,
+        test,
+        tokenizer,
+        image_tokens=size.image_tokens,
+        max_new_tokens=longest_answer(train.questions),
+        advance=lambda count: bars.advance(bar, count),
+    )
     reached = accuracy(answers, test.questions)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(
-        folder / "training.json",
+        folder / _RECORD,
         {
             "environment": environment(device),
-            "config": asdict(config),
-            "size": asdict(TEACHER),
+            "config": asdict(config) | {"train_images": len(train.images), "test_images": len(test.images)},
+            "size": asdict(size),
             "parameters": parameter_count(model),
             "accuracy": reached,
             "questions": len(test.questions),
