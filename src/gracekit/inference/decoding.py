@@ -117,15 +117,15 @@ class Decoding:
         """
         if self._captured is None or self._captured[0] != key:
             self._captured = None
-            self.slot.zero_()
-            self.positions.zero_()
-            self.cache.reset()
-            if self.graphed:
-                self._captured = (key, _capture(run))
-            else:
-                if self.compiled:
-                    run()
-                self._captured = (key, run)
+            if self.graphed or self.compiled:
+                self.slot.zero_()
+                self.positions.zero_()
+                # The first call of all allocates the cache, which must be no part of what is compiled or captured.
+                self._forward(self.token, self.positions, self.mask_B11C)
+                self.cache.reset()
+            if self.compiled:
+                run()
+            self._captured = (key, _capture(run) if self.graphed else run)
         return self._captured[1]
 
     def _forward(self, token: Tensor, positions: Tensor, mask: Tensor) -> Tensor:

@@ -112,7 +112,9 @@ def fuse_projections(model: nn.Module) -> list[str]:
         if all(type(getattr(parent, part, None)) is nn.Linear for part in names)
     ]
     if not groups:
-        raise ValueError(f"model must have projections of one input in its decoder's blocks, got none in {type(model).__name__}")
+        raise ValueError(
+            f"model must have projections of one input in its decoder's blocks, got none in {type(model).__name__}"
+        )
     for where, parent, names in groups:
         _check([getattr(parent, part) for part in names], where)
     for _, parent, names in groups:
@@ -125,7 +127,11 @@ def fuse_projections(model: nn.Module) -> list[str]:
 
 def _check(layers: list[nn.Linear], where: str) -> None:
     kinds = {_kind(layer) for layer in layers}
-    if len(kinds) > 1 or len({layer.in_features for layer in layers}) > 1 or len({layer.bias is None for layer in layers}) > 1:
+    if (
+        len(kinds) > 1
+        or len({layer.in_features for layer in layers}) > 1
+        or len({layer.bias is None for layer in layers}) > 1
+    ):
         raise ValueError(f"projections of one input must be alike in form, inputs and bias, got {layers} ({where})")
     if is_quantized(layers[0]):
         form = type(layers[0].weight).__name__

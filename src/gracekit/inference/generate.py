@@ -97,6 +97,7 @@ class Generator:
         """Bytes of the keys and values held now."""
         return 0 if self._decoding is None else self._decoding.cache_bytes
 
+    @torch.inference_mode(False)  # else cache and result could not be written to outside of it
     @torch.no_grad()
     def generate(
         self,

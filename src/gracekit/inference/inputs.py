@@ -89,11 +89,15 @@ def check_batch(batch: Mapping[str, Any], device: torch.device) -> Prompt:
             raise ValueError(f"batch must have an attention_mask when it has several rows, got {len(ids)} rows without")
         mask = torch.ones_like(ids)
     if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask must have the shape of input_ids, got {tuple(mask.shape)} and {tuple(ids.shape)}")
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, got {tuple(mask.shape)} and {tuple(ids.shape)}"
+        )
     kept = mask.bool()
     ragged = (~kept[:, -1]) | (kept[:, :-1] & ~kept[:, 1:]).any(dim=1)
     if bool(ragged.any()):
-        raise ValueError(f"batch must be padded on the left only, got zeros after ones in row {int(ragged.int().argmax())}")
+        raise ValueError(
+            f"batch must be padded on the left only, got zeros after ones in row {int(ragged.int().argmax())}"
+        )
     return Prompt(ids=ids, mask=mask, rest=rest)
 
 

@@ -116,6 +116,13 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     return evaluate_main(arguments)
 
 
+def generate(arguments: Sequence[str] | None = None) -> int:
+    """Answer a prompt about pictures with a saved model, and say how fast."""
+    from gracekit.recipe.generate import main as generate_main
+
+    return generate_main(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "recipe": recipe,
     "teacher": teacher,
@@ -125,6 +132,7 @@ COMMANDS: dict[str, Callable[[Sequence[str] | None], int]] = {
     "export": export,
     "ablate": ablate,
     "evaluate": evaluate,
+    "generate": generate,
 }
 HUB = ("train",)  # commands that take names of a hub
 

@@ -1,0 +1,143 @@
+"""``gracekit generate``: plain, rounded, packed and trained folders answer as transformers' own generate does."""
+
+import conversation_cases
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from gracekit.quant import LSQConfig, convert, prepare_qat, save_qat
+from gracekit.recipe.answering import load_model
+from gracekit.recipe.cli import main
+from gracekit.recipe.data import load_easy_vqa
+from gracekit.recipe.generate import answer, precision_of
+from gracekit.recipe.models import load_teacher
+from gracekit.recipe.processors import load_processor
+from gracekit.recipe.record_format import Turn
+from gracekit.recipe.student_files import save_student
+
+CPU = torch.device("cpu")
+GROUPS_OF_32 = LSQConfig(group_size=32)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    conversation_cases.drawing(1)[0].save(tmp_path / "x.png")
+    return tmp_path / "x.png"
+
+
+def by_transformers(model, processor, text, images, count):
+    batch = processor.encode([Turn(role="user", text=text)], images, add_generation_prompt=True)
+    del batch["labels"]
+    length = len(batch["input_ids"])
+    batch = {
+        name: (value[None] if value.shape == (length,) else value).to(
+            model.dtype if value.is_floating_point() else None
+        )
+        for name, value in batch.items()
+    }
+    ends = processor.tokenizer.eos_token_id
+    ids = model.generate(**batch, max_new_tokens=count, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    return processor.tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_an_answer_is_what_transformers_generates(family, tmp_path, picture):
+    folder = conversation_cases.save_pair(tmp_path / "m", family)
+    model, processor = load_model(tmp_path / "m", "fp32", CPU), load_processor(folder)
+    said = answer(model, processor, "What is it?", [picture, picture], max_new_tokens=6)
+    assert said.text == by_transformers(model, processor, "<image>\n<image>\nWhat is it?", [picture, picture], 6)
+    assert int(said.generation.new_tokens) == 6
+
+
+def test_images_stand_where_the_prompt_says(tmp_path, picture):
+    processor = load_processor(conversation_cases.save_pair(tmp_path / "m", "llava"))
+    model = load_model(tmp_path / "m", "fp32", CPU)
+    prompt = "First <image> and then?"
+    said = answer(model, processor, prompt, [picture], max_new_tokens=3)
+    assert said.text == by_transformers(model, processor, prompt, [picture], 3)
+    with pytest.raises(ValueError, match="got 1 for 2 images"):
+        answer(model, processor, prompt, [picture, picture], max_new_tokens=3)
+
+
+def test_sampling_depends_on_the_seed_alone(tmp_path):
+    processor = load_processor(conversation_cases.save_pair(tmp_path / "m", "llava"))
+    model = load_model(tmp_path / "m", "fp32", CPU)
+    texts = [
+        answer(
+            model, processor, "What?", [], max_new_tokens=8, temperature=2.0, seed=seed
+        ).generation.sequences.tolist()
+        for seed in (0, 0, 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_kind_of_a_folder_is_seen_in_its_files(tmp_path):
+    plain = tmp_path / "plain"
+    conversation_cases.save_pair(plain, "llava")
+    assert [precision_of(plain, int4=int4) for int4 in (False, True)] == ["bf16", "int4-rtn"]
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(plain)
+    prepare_qat(model, GROUPS_OF_32)
+    save_qat(model, tmp_path / "trained")
+    assert precision_of(tmp_path / "trained", int4=False) == "int4"
+    convert(model, "portable").save_pretrained(tmp_path / "packed")
+    assert precision_of(tmp_path / "packed", int4=False) == "int4"
+    settings = (tmp_path / "packed" / "config.json").read_text().replace('"torchao"', '"awq"')
+    (tmp_path / "packed" / "config.json").write_text(settings)
+    with pytest.raises(ValueError, match="got 'awq'"):
+        precision_of(tmp_path / "packed", int4=False)
+
+
+def test_the_command_answers_from_plain_rounded_trained_and_packed_folders(tmp_path, picture, capsys):
+    plain = tmp_path / "plain"
+    conversation_cases.save_pair(plain, "qwen2_vl")
+    model = transformers.Qwen2VLForConditionalGeneration.from_pretrained(plain).bfloat16()
+    prepare_qat(model, GROUPS_OF_32)
+    save_qat(model, tmp_path / "trained")
+    convert(model, "portable", dtype=torch.bfloat16).to(torch.bfloat16).save_pretrained(tmp_path / "packed")
+    more = ["--image", str(picture), "--prompt", "What is it?", "--max-new-tokens", "4", "--processor", str(plain)]
+    printed = {}
+    for name, options in {
+        "plain": [],
+        "rounded": ["--int4", "--group-size", "32"],
+        "trained": [],
+        "packed": [],
+    }.items():
+        folder = plain if name == "rounded" else tmp_path / name
+        assert main(["generate", str(folder), *options, *more]) == 0
+        printed[name] = capsys.readouterr().out.rstrip("\n").split("\n")
+        assert "tokens/s; peak memory" in printed[name][-1]
+    assert printed["plain"][-1].endswith("torch")
+    assert all("Int4OpaqueTensor" in printed[name][-1] for name in ("rounded", "trained", "packed"))
+    assert printed["trained"][:-1] == printed["packed"][:-1]
+
+
+def test_the_packaged_teacher_answers_questions_about_its_pictures(tmp_path):
+    """In INT4, from a folder as a run of the recipe leaves it."""
+    model, tokenizer = load_teacher("")
+    prepare_qat(model, GROUPS_OF_32)
+    save_student(model, tokenizer, tmp_path / "m")
+    split = load_easy_vqa("test", 4)
+    processor, model = load_processor(tmp_path / "m"), load_model(tmp_path / "m", "int4", CPU)
+    asked = [question for question in split.questions if question.image < 4][:12]
+    right = 0
+    for question in asked:
+        Image.fromarray(split.images[question.image].permute(1, 2, 0).numpy()).save(tmp_path / "q.png")
+        right += answer(model, processor, question.text, [tmp_path / "q.png"], max_new_tokens=3).text == question.answer
+    assert right >= len(asked) - 1
+
+
+def test_what_cannot_be_done_is_one_line(tmp_path, picture, capsys):
+    folder = conversation_cases.save_pair(tmp_path / "m", "llava")
+    for arguments, said in (
+        ([str(tmp_path)], "got no config.json"),
+        ([folder, "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
+        ([folder, "--temperature", "-1"], "temperature must be finite and in [0, inf]"),
+        ([folder, "--max-new-tokens", "9999"], "max_length must be at most the model's 256 positions"),
+        ([folder, "--image", str(tmp_path / "none.png")], "none.png"),
+        ([folder, "--int4"], "group_size"),
+    ):
+        assert main(["generate", *arguments, "--prompt", "What?"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("gracekit generate: error: ")
+        assert said in error
