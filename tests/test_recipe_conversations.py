@@ -217,7 +217,7 @@ def test_records_that_are_too_long_or_cannot_be_encoded_are_treated_alike(tmp_pa
     assert len(file.read_text().splitlines()) == 3
     with pytest.raises(BadRecordsError, match="1 too long"):
         load_conversations(write(tmp_path, [{"conversations": said[2]}])).check_lengths(Counting(), 5)
-    with pytest.raises(ValueError, match="at least one good record"):
+    with pytest.raises(BadRecordsError, match=r"got 1 bad of 1 \(1 too long\)"):
         load_conversations(path, on_bad_record="skip").check_lengths(Counting(), 1)
 
 
@@ -239,7 +239,7 @@ def test_a_picture_that_is_cut_off_is_found_when_lengths_are_checked(tmp_path):
         ("text.json", "must be JSON"),
         ("folder", "no state.json"),
         ({"train": 1}, "got dict"),
-        ("empty.json", "at least one good record"),
+        ("empty.json", "at least one record, got 0"),
     ],
 )
 def test_what_is_no_data_is_refused(data, message, tmp_path):

@@ -83,7 +83,7 @@ class Conversations(Sequence[Record]):
             The records that are left.
 
         Raises:
-            BadRecordsError: some are bad and ``on_bad_record`` is "stop".
+            BadRecordsError: some are bad and ``on_bad_record`` is "stop", or all are.
         """
         check_int("max_length", max_length, low=1)
 
@@ -107,7 +107,7 @@ class Conversations(Sequence[Record]):
                 bad.append(found)
             advance(1)
         left_out = settle(bad, len(self), self._on_bad_record)
-        _require_some(kept, len(self))
+        _require_some(kept, left_out, len(self))
         return self._with(kept, (*self.bad, *left_out), write=bool(bad))
 
     def _with(self, kept: Sequence[int], bad: tuple[BadRecord, ...], *, write: bool = False) -> Conversations:
@@ -144,10 +144,10 @@ def load_conversations(
         The good records, a sequence that reads each when it is asked for.
 
     Raises:
-        ValueError: ``data`` is nothing of that kind, or no record is good.
-        BadRecordsError: some are bad and ``on_bad_record`` is "stop". Bad is a record whose image is missing or cannot be opened,
-            whose markers are not as many as its images, that has no assistant's turn or an empty one, whose roles do not
-            alternate from the user's to the assistant's, and a line that is no JSON.
+        ValueError: ``data`` is nothing of that kind, or empty.
+        BadRecordsError: some are bad and ``on_bad_record`` is "stop", or all are. Bad is a record whose image is missing or cannot
+            be opened, whose markers are not as many as its images, that has no assistant's turn or an empty one, whose roles
+            do not alternate from the user's to the assistant's, and a line that is no JSON.
 
     Example:
         >>> import json, tempfile, pathlib
@@ -187,7 +187,7 @@ def load_conversations(
     file = Path(bad_records_file) if bad_records_file is not None else None
     if left_out and file is not None:
         write_bad_records(file, left_out)
-    _require_some(kept, len(source))
+    _require_some(kept, left_out, len(source))
     return Conversations(source, folder, kept, on_bad_record, file, left_out)
 
 
@@ -200,9 +200,11 @@ def open_images(record: Record) -> list[Image.Image]:
     return [open_image(image) for image in record.images]
 
 
-def _require_some(kept: Sequence[int], total: int) -> None:
+def _require_some(kept: Sequence[int], bad: Sequence[BadRecord], total: int) -> None:
+    if not kept and bad:
+        raise BadRecordsError(bad, total)
     if not kept:
-        raise ValueError(f"data must hold at least one good record, got none among {total}")
+        raise ValueError(f"data must hold at least one record, got {total}")
 
 
 def _check_image(image: Any, seen: dict[Path, str]) -> None:

@@ -103,9 +103,10 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _load(file: Path, pictures: Path, size: int) -> VqaSplit:
-    records = load_conversations(file, pictures)
+    # What they lack for the small recipe is listed with what is wrong with them at all.
+    records = load_conversations(file, pictures, on_bad_record="skip")
     asked: list[tuple[Record, str, str]] = []
-    bad = []
+    bad = list(records.bad)
     for record in records:
         try:
             asked += [(record, question, answer) for question, answer in _questions(record)]
@@ -122,7 +123,7 @@ def _load(file: Path, pictures: Path, size: int) -> VqaSplit:
     }
     bad += [BadRecord(index, record.id, error.kind, str(error)) for index, (record, error) in broken.items()]
     if bad:
-        raise BadRecordsError(sorted(bad, key=lambda one: one.index), len(records))
+        raise BadRecordsError(sorted(bad, key=lambda one: one.index), len(records) + len(records.bad))
     numbers = {path: number for number, path in enumerate(paths)}
     pixels = torch.from_numpy(np.stack([decoded[path] for path in paths]))
     return VqaSplit(

@@ -1,0 +1,226 @@
+"""The small recipe on a folder made here: what becomes of its records, and a run of all of it in seconds."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conversation_cases import turns, vqa_records, write_llava
+from PIL import Image
+
+from gracekit.recipe import cli
+from gracekit.recipe.bad_records import BadRecordsError
+from gracekit.recipe.config import RunConfig
+from gracekit.recipe.data import Question, build_tokenizer, encode, longest_answer
+from gracekit.recipe.own_data import describe, load_splits
+
+NAMES = ["teacher"] + [f"{losses}-{kind}" for losses in ("ce", "grace") for kind in ("bf16", "int4-rtn", "int4-qat")]
+
+
+def make_folder(folder, *, train=12, test=6):
+    write_llava(folder, train, records=vqa_records)
+    write_llava(folder, test, name="test.json", records=vqa_records)
+    return folder
+
+
+def with_test(folder, *records):
+    """The folder with these conversations, each (picture, texts), for a test set."""
+    made = [{"image": f"images/{number}.png", "conversations": turns(*texts)} for number, texts in records]
+    (folder / "test.json").write_text(json.dumps(made))
+    return folder
+
+
+def arguments(data, output, *more):
+    options = {
+        "data": data, "output": output, "device": "cpu", "image_size": 16, "teacher_steps": 4, "steps": 4,
+        "finish_steps": 2, "batch_size": 4,
+    }  # fmt: skip
+    return ["recipe", *(part for name, value in options.items() for part in (f"--{name}", str(value))), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    home = tmp_path_factory.mktemp("own")
+    assert cli.main(arguments(make_folder(home / "data"), home / "run")) == 0
+    return home
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_each_turn_is_a_question_about_its_picture(tmp_path):
+    train, test = load_splits(RunConfig(data=str(make_folder(tmp_path)), image_size=24))
+    assert (train.images.shape, test.images.shape) == ((12, 3, 24, 24), (6, 3, 24, 24))
+    assert train.questions[:3] == [
+        Question(0, "what colour is it ?", "red"),
+        Question(0, "what shape is it ?", "circle"),
+        Question(1, "what colour is it ?", "green"),
+    ]
+    expected = Image.open(tmp_path / "images" / "5.png").convert("RGB").resize((24, 24), Image.Resampling.BICUBIC)
+    assert test.images[5].permute(1, 2, 0).numpy().tobytes() == expected.tobytes()
+
+
+def test_pixels_are_centred_on_the_training_pictures(tmp_path):
+    train, test = load_splits(RunConfig(data=str(make_folder(tmp_path)), image_size=16))
+    values = train.pixels(list(range(12)))
+    assert abs(values.mean().item()) < 0.01
+    assert abs(values.std().item() - 1) < 0.01
+    assert (test.centre, test.spread) == (train.centre, train.spread)
+
+
+def test_records_about_one_picture_share_it(tmp_path):
+    folder = with_test(
+        make_folder(tmp_path), (0, ["<image>one ?", "two"]), (1, ["<image>a", "b"]), (0, ["c <image>", "d"])
+    )
+    _, test = load_splits(RunConfig(data=str(folder), image_size=16))
+    assert len(test.images) == 2
+    assert test.questions == [Question(0, "one ?", "two"), Question(1, "a", "b"), Question(0, "c", "d")]
+
+
+def test_answers_are_compared_as_models_write_them(tmp_path):
+    folder = with_test(make_folder(tmp_path), (0, ["<image>What?", "It's  RED, isn't it?"]))
+    _, test = load_splits(RunConfig(data=str(folder), image_size=16))
+    answer = test.questions[0].answer
+    tokenizer = build_tokenizer([answer])
+    assert answer == "it ' s red , isn ' t it ?"
+    assert tokenizer.decode(encode(tokenizer, [answer])[0]) == answer
+    assert longest_answer(test.questions) == len(encode(tokenizer, [answer])[0]) + 1
+
+
+def test_unknown_words_of_the_test_set_are_counted(tmp_path):
+    folder = with_test(
+        make_folder(tmp_path),
+        (0, ["<image>what purple colour , purple shape ?", "red"]),
+        (1, ["<image>what shape ?", "a hexagon"]),
+    )
+    train, test = load_splits(RunConfig(data=str(folder), image_size=16))
+    tokenizer = build_tokenizer(text for q in train.questions for text in (q.text, q.answer))
+    found = describe(train, test, tokenizer)
+    assert (found["unknown_words"], found["unknown_words_read"], found["unknown_answers"]) == (2, 3, 1)
+    assert (found["train_images"], found["train_questions"], found["test_questions"]) == (12, 24, 2)
+    with pytest.raises(ValueError, match="made of the tokenizer's words"):
+        encode(tokenizer, ["what purple"])
+    ids = encode(tokenizer, ["what purple"], open_vocabulary=True)[0]
+    assert ids[1] == tokenizer.unk_token_id
+
+
+def test_records_that_the_small_recipe_cannot_take_are_all_named(tmp_path):
+    folder = make_folder(tmp_path)
+    Image.effect_noise((64, 64), 50).save(tmp_path / "images" / "cut.jpg")
+    jpeg = (tmp_path / "images" / "cut.jpg").read_bytes()
+    (tmp_path / "images" / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    asked = turns("<image>what ?", "that")
+    records = [
+        {"image": "images/0.png", "conversations": asked},
+        {"conversations": turns("what ?", "that")},
+        {"image": ["images/0.png"] * 2, "conversations": turns("<image><image>what ?", "that")},
+        {"image": "images/0.png", "conversations": [{"from": "system", "value": "Hello."}, *asked]},
+        {"image": "images/0.png", "conversations": turns("<image>", "that")},
+        {"image": "images/0.png", "conversations": turns("<image>what ?", "</s>")},
+        {"image": "images/cut.jpg", "conversations": asked},
+        {"image": "images/none.jpg", "conversations": asked},
+    ]
+    (folder / "train.json").write_text(json.dumps(records))
+    with pytest.raises(BadRecordsError) as caught:
+        load_splits(RunConfig(data=str(folder), image_size=16))
+    assert [(bad.index, bad.kind) for bad in caught.value.records] == [
+        (1, "not one image"),
+        (2, "not one image"),
+        (3, "system turn"),
+        (4, "empty question"),
+        (5, "special token"),
+        (6, "broken image"),
+        (7, "missing image"),
+    ]
+
+
+def test_a_run_makes_tokenizer_teacher_and_students_from_nothing(finished):
+    results = read(finished / "run")
+    assert [variant["name"] for variant in results["variants"]] == NAMES
+    assert all(variant["questions"] == 12 for variant in results["variants"])
+    assert results["data"]["train_images"] == 12
+    assert results["config"]["student"]["image_size"] == 16
+    teacher = json.loads((finished / "run" / "teacher" / "training.json").read_text())
+    assert teacher["config"]["steps"] == 4
+    assert teacher["config"]["train_images"] == 12
+    assert results["variants"][0]["accuracy"] == teacher["accuracy"]
+    _, test = load_splits(RunConfig(data=str(finished / "data"), image_size=16))
+    for variant in results["variants"][1:]:
+        answers = json.loads((finished / "run" / "answers" / f"{variant['name']}.json").read_text())["answers"]
+        right = sum(given == question.answer for given, question in zip(answers, test.questions, strict=True))
+        assert variant["accuracy"] == right / 12
+
+
+def test_the_report_shows_the_folders_own_pictures(finished):
+    page = (finished / "run" / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3 + 6
+    assert f"on {finished / 'data'}</h1>" in page
+    assert "12 questions about 6 images" in page
+
+
+def test_a_kept_student_sees_pictures_as_it_did_in_training(finished):
+    processor = transformers.AutoProcessor.from_pretrained(finished / "run" / "models" / "grace-int4-qat")
+    train, _ = load_splits(RunConfig(data=str(finished / "data"), image_size=16))
+    picture = Image.open(finished / "data" / "images" / "2.png").convert("RGB")
+    pixels = processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, train.pixels([2]))
+
+
+def test_a_finished_run_is_left_alone_and_an_unfinished_one_goes_on(finished, tmp_path, capsys):
+    """Without its results and one student's stage, a run makes that student anew and the rest is as it was."""
+    output = tmp_path / "run"
+    shutil.copytree(finished / "run", output)
+    assert cli.main(arguments(finished / "data", output)) == 0
+    assert "nothing was done" in capsys.readouterr().out
+    (output / "results.json").unlink()
+    shutil.rmtree(output / "stages" / "grace-bf16")
+    for name in ("grace-bf16", "grace-int4-rtn"):
+        (output / "answers" / f"{name}.json").unlink()
+    teacher = (output / "teacher" / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(arguments(finished / "data", output)) == 0
+    assert "done already: ce-bf16, ce-int4-qat, ce-start, grace-int4-qat, grace-start" in capsys.readouterr().out
+    assert (output / "teacher" / "model.safetensors").stat().st_mtime_ns == teacher
+    again, before = read(output), read(finished / "run")
+    assert [v["accuracy"] for v in again["variants"]] == [v["accuracy"] for v in before["variants"]]
+
+
+def test_a_runs_teacher_serves_another_run_of_the_same_size(finished, tmp_path, capsys):
+    teacher = str(finished / "run" / "teacher")
+    more = ("--teacher", teacher, "--losses", "gdkd", "--seed", "1")
+    assert cli.main(arguments(finished / "data", tmp_path / "run", *more)) == 0
+    assert not (tmp_path / "run" / "teacher").exists()
+    assert cli.main([*arguments(finished / "data", tmp_path / "other", *more), "--image_size", "32"]) == 2
+    assert "image_size must be the teacher's, got 32 and 16" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said_before_any_training(tmp_path, capsys):
+    folder = make_folder(tmp_path / "data")
+    assert cli.main(arguments(tmp_path / "nowhere", tmp_path / "run")) == 2
+    assert "one of train.json and train.jsonl, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (folder / "images" / "3.png").unlink()
+    assert cli.main(arguments(folder, tmp_path / "run")) == 2
+    assert "got 1 bad of 12 (1 missing image)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 20}, "image_size must be a multiple of 8"),
+        ({"image_size": 8}, "image_size must be at least 16"),
+        ({"train_images": 100}, "train_images must not be given with data, all of which is used"),
+        ({"teacher_steps": 1}, "teacher_steps must be at least 2"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(data="folder", **options)
+
+
+def test_settings_of_own_data_need_them():
+    for name, value in (("image_size", 32), ("image_folder", "x"), ("teacher_steps", 10)):
+        with pytest.raises(ValueError, match=f"{name} must not be given without data"):
+            RunConfig(**{name: value})
