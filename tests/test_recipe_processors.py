@@ -1,5 +1,6 @@
 """A conversation as a model reads it, and which of its tokens are the assistant's; transformers' own output is the judge."""
 
+import json
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +163,24 @@ def test_a_saved_processor_writes_the_same_again(tmp_path):
         assert again.chat_template == first.chat_template
         one, other = first.encode(turns, PICTURES[:1]), again.encode(turns, PICTURES[:1])
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_template_in_a_file_of_its_own_is_found(tmp_path):
+    """The first releases of Qwen2-VL have it in chat_template.json."""
+    folder = tmp_path / "m"
+    with_it = load_processor(save_pair(folder, "qwen2_vl"))
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": QWEN_TEMPLATE}))
+    assert load_processor(folder).chat_template == with_it.chat_template
+
+
+def test_an_image_processor_described_inside_the_processors_file_is_found(tmp_path):
+    folder = tmp_path / "m"
+    before = load_processor(save_pair(folder, "qwen2_vl"))
+    described = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": described}))
+    (folder / "preprocessor_config.json").unlink()
+    assert load_processor(folder).image_processor.to_dict() == before.image_processor.to_dict()
 
 
 def with_template(folders, template, family="llava"):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gracekit.recipe.processors import load_image_processor
+from gracekit.recipe.paired_processor import load_image_processor
 from gracekit.vlm.families import placeholder_id
 from gracekit.vlm.tokens import feature_lengths
 
