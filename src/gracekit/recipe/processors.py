@@ -170,7 +170,8 @@ def load_processor(name: str | Path) -> ConversationProcessor:
     """
     from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
-    with contextlib.suppress(ImportError):
+    # OSError: a file of the part for videos is missing, or one of those that are asked for again below.
+    with contextlib.suppress(ImportError, OSError):
         processor = AutoProcessor.from_pretrained(name)
         if hasattr(processor, "image_processor") and hasattr(processor, "tokenizer"):
             return ConversationProcessor(processor, str(name))
