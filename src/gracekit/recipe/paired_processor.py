@@ -70,6 +70,7 @@ def load_image_processor(name: str | Path) -> Any:
     """Return a model's image processor, the one that works with Pillow where AutoImageProcessor wants torchvision.
 
     Raises:
+        OSError: the model has none.
         ImportError: it wants torchvision, and none works without.
     """
     import transformers
@@ -79,6 +80,8 @@ def load_image_processor(name: str | Path) -> Any:
     except ImportError:  # transformers 5.17 asks for torchvision before it looks at what is wanted
         described = model_settings(name, "preprocessor_config.json")
         described = described or model_settings(name, "processor_config.json").get("image_processor", {})
+        if not described:
+            raise OSError(f"a model must have a preprocessor_config.json, got none in {str(name)!r}") from None
         kind = described.get("image_processor_type", "")
         by_pillow = getattr(transformers, kind.removesuffix("Fast").removesuffix("Pil") + "Pil", None)
         if by_pillow is None:
