@@ -198,6 +198,13 @@ def test_a_template_that_rewrites_earlier_turns_needs_marks(folders):
         with_template(folders, without).encode(said("What ?", "a cup", "So ?", "yes"), [])
 
 
+def test_a_template_may_end_turns_with_plain_text(folders):
+    ending = "{% if message['role'] == 'assistant' %}###\n{% endif %}"
+    plain = LLAVA_TEMPLATE.replace("{% endfor %}{% if add", ending + "{% endfor %}{% if add")
+    encoded = with_template(folders, plain).encode(said("What ?", "a cup", "So ?", "yes"), [])
+    assert answers(with_template(folders, plain), encoded) == [" a cup ###", " yes ###"]
+
+
 def test_a_template_that_changes_answers_or_drops_images_is_refused(folders):
     shouting = LLAVA_TEMPLATE.replace("content['text'] +", "content['text'] | upper +")
     with pytest.raises(ValueError, match="must write what the assistant says as it is, got ' YES"):

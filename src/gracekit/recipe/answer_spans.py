@@ -32,8 +32,8 @@ def answer_spans(
         add_generation_prompt: end with what stands before an answer.
 
     Returns:
-        The text, and for each assistant's message (start, end) of its characters, its end-of-turn token included. Where the
-        template writes none, the tokenizer's end-of-sequence token is added behind the answer.
+        The text, and for each assistant's message (start, end) of its characters, what ends it included. Where the template
+        writes nothing there, the tokenizer's end-of-sequence token is added behind the answer.
 
     Raises:
         ValueError: neither prefixes nor marks lead to the answers.
@@ -90,7 +90,7 @@ def _answers(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 def _close(
     text: str, bounds: Sequence[tuple[int, int]], answers: Sequence[str], special: re.Pattern[str], eos: str | None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Let each answer end with its end-of-turn token: the special token behind it, or ``eos`` put there."""
+    """Let each answer end with its end of turn: the special token or the text behind it, or ``eos`` put there."""
     if len(bounds) != len(answers):
         raise ValueError(f"it must mark each of {len(answers)} answers, got {len(bounds)} marks")
     pieces, spans, done, shift = [], [], 0, 0
@@ -102,8 +102,9 @@ def _close(
         closing = re.compile(rf"\s*(?:{special.pattern})").match(text, stop, max(end, stop)) or special.match(
             text, stop
         )
-        if closing:
-            spans.append((start + shift, closing.end() + shift))
+        rest = text[stop:end].rstrip()
+        if closing or rest:
+            spans.append((start + shift, (closing.end() if closing else stop + len(rest)) + shift))
             continue
         if eos is None:
             raise ValueError(
