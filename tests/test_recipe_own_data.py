@@ -129,7 +129,7 @@ def test_records_that_the_small_recipe_cannot_take_are_all_named(tmp_path):
         (1, "not one image"),
         (2, "not one image"),
         (3, "system turn"),
-        (4, "empty question"),
+        (4, "no words"),
         (5, "special token"),
         (6, "broken image"),
         (7, "missing image"),

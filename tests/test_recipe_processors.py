@@ -209,6 +209,11 @@ def test_a_template_that_changes_answers_or_drops_images_is_refused(folders):
     shouting = LLAVA_TEMPLATE.replace("content['text'] +", "content['text'] | upper +")
     with pytest.raises(ValueError, match="must write what the assistant says as it is, got ' YES"):
         with_template(folders, shouting).encode(said("So ?", "yes"), [])
+    choosy = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + LLAVA_TEMPLATE
+    )
+    with pytest.raises(ValueError, match="cannot be used: no system turns"):
+        with_template(folders, choosy).encode([Turn("system", "Hello."), *said("So ?", "yes")], [])
     blind = LLAVA_TEMPLATE.replace("<image>", "")
     with pytest.raises(ValueError, match="must write '<image>' for each image, got 0 for 1 images"):
         with_template(folders, blind).encode(said("<image>So ?", "yes"), PICTURES[:1])

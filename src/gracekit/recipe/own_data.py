@@ -141,7 +141,7 @@ def _questions(record: Record) -> list[tuple[str, str]]:
     texts = [" ".join(turn.text.replace(IMAGE_MARK, " ").split()) for turn in record.turns]
     for text in texts:
         if not split_words(text):
-            raise RecordError("empty question")
+            raise RecordError("no words", f"in {text!r}")
         inside = [token for token in _SPECIAL if token in text]
         if inside:
             raise RecordError(

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
@@ -141,7 +142,7 @@ class ConversationProcessor:
             text, spans = answer_spans(
                 self.tokenizer, self.chat_template, messages, self._special, add_generation_prompt=add_generation_prompt
             )
-        except ValueError as error:
+        except (ValueError, jinja2.TemplateError) as error:  # the latter where a template refuses a conversation
             raise ValueError(f"the chat template of {self.name or 'the model'} cannot be used: {error}") from error
         written = text.count(self.image_token)
         if written != images:

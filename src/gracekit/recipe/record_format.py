@@ -149,7 +149,7 @@ def _check_roles(turns: tuple[Turn, ...]) -> None:
 
 def _image(image: Any, folder: Path) -> Any:
     if isinstance(image, Mapping):  # what a data set holds where its images are not decoded
-        if image.get("bytes") is not None:
+        if isinstance(image.get("bytes"), bytes):
             return _from_bytes(image["bytes"])
         image = image.get("path")
     if isinstance(image, Image.Image):
