@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from recipe_cases import save_tiny_teacher, tiny_arguments
@@ -18,6 +19,7 @@ from gracekit.recipe.config import LOSSES, GraceConfig, RunConfig
 from gracekit.recipe.data import load_easy_vqa
 from gracekit.recipe.paired_tests import holm, mcnemar, mean_interval, paired_t, sign_flip
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CELLS = ["ce-bf16", "ce-int4-rtn", "ce-int3-rtn", "ce-int4-qat"]
 CELLS += [name.replace("ce-", "grace-") for name in CELLS]
 
@@ -185,6 +187,14 @@ def test_every_comparison_is_of_two_cells_that_there_are_and_none_is_made_twice(
     for wanted in (("int4-qat", "bf16"), ("int4-rtn", "bf16")):
         assert any((one[1], other[1]) == wanted for one, other in made)
     assert pairs([("ce", "bf16")]) == []
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("ablation-*.json")), ids=lambda path: path.name)
+def test_published_accuracies_and_tests_follow_from_the_answers_beside_them(path):
+    results = json.loads(path.read_text())
+    for variant in results["variants"][1:]:
+        assert variant["accuracy"] == sum(unpack(variant["right"], results["questions"])) / results["questions"]
+    assert json.loads(json.dumps(compare(results))) == results["comparisons"]
 
 
 @pytest.mark.parametrize("command", ["ablate", "evaluate", "recipe"])
