@@ -5,15 +5,16 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from conversation_cases import turns, vqa_records, write_llava
 from PIL import Image
 
 from gracekit.recipe import cli
 from gracekit.recipe.bad_records import BadRecordsError
 from gracekit.recipe.config import RunConfig
-from gracekit.recipe.data import Question, build_tokenizer, encode, longest_answer
+from gracekit.recipe.conversations import load_conversations
+from gracekit.recipe.data import Question, build_tokenizer, encode, longest_answer, prefix_text, question_text
 from gracekit.recipe.own_data import describe, load_splits
+from gracekit.recipe.processors import load_processor
 
 NAMES = ["teacher"] + [f"{losses}-{kind}" for losses in ("ce", "grace") for kind in ("bf16", "int4-rtn", "int4-qat")]
 
@@ -160,12 +161,16 @@ def test_the_report_shows_the_folders_own_pictures(finished):
     assert "12 questions about 6 images" in page
 
 
-def test_a_kept_student_sees_pictures_as_it_did_in_training(finished):
-    processor = transformers.AutoProcessor.from_pretrained(finished / "run" / "models" / "grace-int4-qat")
+def test_a_kept_student_reads_questions_and_pictures_as_it_did_in_training(finished):
+    processor = load_processor(finished / "run" / "models" / "grace-int4-qat")
     train, _ = load_splits(RunConfig(data=str(finished / "data"), image_size=16))
-    picture = Image.open(finished / "data" / "images" / "2.png").convert("RGB")
-    pixels = processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixels, train.pixels([2]))
+    record = load_conversations(finished / "data" / "train.json")[2]
+    asked = processor.encode(record.turns[:1], record.images, add_generation_prompt=True)
+    torch.testing.assert_close(asked["pixel_values"], train.pixels([2]))
+    expected = prefix_text(4) + question_text(train.questions[4].text)
+    assert asked["input_ids"].tolist() == encode(processor.tokenizer, [expected])[0]
+    whole = processor.encode(record.turns[:2], record.images)
+    assert processor.tokenizer.decode(whole["labels"][whole["labels"] >= 0]) == "blue </s>"
 
 
 def test_a_finished_run_is_left_alone_and_an_unfinished_one_goes_on(finished, tmp_path, capsys):
