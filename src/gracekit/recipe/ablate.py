@@ -89,7 +89,9 @@ class AblationConfig(RecipeConfig):
     def __post_init__(self) -> None:
         for name, given in (("seed", self.run.seed), ("losses", self.run.losses)):
             if given != getattr(RunConfig(), name):
-                raise ValueError(f"{name} is what an ablation goes through (give --seeds and --students), got {name}={given!r}")
+                raise ValueError(
+                    f"{name} is what an ablation goes through (give --seeds and --students), got {name}={given!r}"
+                )
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Return the settings that change results and differ; a folder may be given more seeds."""

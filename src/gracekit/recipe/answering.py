@@ -86,7 +86,7 @@ def answer(
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=ends,
+        eos_token_id=ends or None,
         pad_token_id=pad if pad is not None else ends[0],
     )
     generate = _engine(engine, model, settings, batch_size)
