@@ -1,9 +1,9 @@
 """Projections of one input as one matrix product: q, k and v, or gate and up.
 
-A decode step reads every weight once, and a product of few rows costs its launches as much as its bytes, so one product with all
-output rows is cheaper than three. Codes and scales of a quantised weight belong to single output rows and are put one below the other
-as they are. Nothing of transformers' classes is touched: in the place of each projection stands a module that returns its rows of the
-shared product, which the first one asked computes.
+A decode step reads every weight once, and a product of few rows costs its launches as much as its bytes, so one product with
+all output rows is cheaper than three. Codes and scales of a quantised weight belong to single output rows and are put one below
+the other as they are. Nothing of transformers' classes is touched: in the place of each projection stands a module that returns
+its rows of the shared product, which the first one asked computes.
 """
 
 # O output rows of one projection, I inputs
@@ -56,6 +56,7 @@ class SharedProduct(nn.Module):
         return part
 
     def extra_repr(self) -> str:
+        """Say how many rows each projection has."""
         return f"sizes={self.sizes}"
 
 
@@ -71,18 +72,20 @@ class ProjectionRows(nn.Module):
             self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output (..., O) of this projection for ``x`` (..., I)."""
         return self._owner[0].take(x, self.index)
 
     def extra_repr(self) -> str:
+        """Say which of the shared product's projections this is."""
         return f"index={self.index}"
 
 
 def fuse_projections(model: nn.Module) -> list[str]:
     """Make q, k and v, and gate and up, of a model's decoder one linear layer each, in place, for generation.
 
-    Codes, scales and plain weights are the same, bit for bit. Outputs are those of the same kernel for a taller matrix: equal where it
-    sums a row alike at any height, else within the rounding of the sums' order. The model is for inference from then on: it
-    cannot be saved or converted as it was.
+    Codes, scales and plain weights are the same, bit for bit. Outputs are those of the same kernel for a taller matrix: equal
+    where it sums a row alike at any height, else within the rounding of the sums' order. The model is for inference from then on:
+    it cannot be saved or converted as it was.
 
     Args:
         model: of transformers, plain or after :func:`~gracekit.quant.convert`; layers that are still training are left alone.
@@ -91,8 +94,8 @@ def fuse_projections(model: nn.Module) -> list[str]:
         Names of the blocks' parts that were fused, such as ``model.layers.0.self_attn.q_proj+k_proj+v_proj``.
 
     Raises:
-        ValueError: no decoder; nothing to fuse; or siblings of which some are quantised in another way, have a bias or carry hooks where
-            others do not. The model is unchanged then.
+        ValueError: no decoder; nothing to fuse; or siblings of which some are quantised in another way, have a bias or carry
+            hooks where others do not. The model is unchanged then.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

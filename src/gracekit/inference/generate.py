@@ -1,9 +1,9 @@
 """Generation from a batch of prompts with images: one prefill, then a decode loop with fixed shapes.
 
-What comes out is, token for token, what transformers' ``model.generate`` gives with the same settings; what differs is the time between
-tokens. There the host launches some thousand kernels for each token; here, on CUDA, one graph is replayed, with transformers' static
-cache inside it, and whether all rows have ended is asked every few steps only. The prefill runs eagerly: its length changes from prompt to
-prompt, and its kernels are long enough to hide their launches.
+What comes out is, token for token, what transformers' ``model.generate`` gives with the same settings; what differs is the time
+between tokens. There the host launches some thousand kernels for each token; here, on CUDA, one graph is replayed, with
+transformers' static cache inside it, and whether all rows have ended is asked every few steps only. The prefill runs eagerly: its
+length changes from prompt to prompt, and its kernels are long enough to hide their launches.
 
 This is no serving engine: a batch begins together and ends together. To serve, export the model to one.
 """
@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from gracekit._checks import check_int
 from gracekit._structure import unwrap
 from gracekit.inference.decoding import Decoding
-from gracekit.inference.inputs import Choice, Prompt, check_batch, check_model, resolve_choice
+from gracekit.inference.inputs import Choice, check_batch, check_model, resolve_choice
 
 # Attention kernels want masks whose rows begin at multiples of 32 bytes.
 _CACHE_MULTIPLE = 16
@@ -127,8 +127,9 @@ class Generator:
             Sequences, their lengths, and what they took. On CUDA the device's peak memory statistics are reset at the start.
 
         Raises:
-            ValueError: no input_ids, padding on the right, a batch larger or longer than was said, max_new_tokens or sync_every below 1,
-                settings that ask for more than greedy or sampled tokens, a layer with another cache than keys and values of all tokens.
+            ValueError: no input_ids, padding on the right, a batch larger or longer than was said, max_new_tokens or sync_every
+                below 1, settings that ask for more than greedy or sampled tokens, a layer with another cache than keys and values
+                of all tokens.
             TypeError: an argument of the wrong type.
         """
         max_new_tokens = check_int("max_new_tokens", max_new_tokens, low=1)

@@ -204,7 +204,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 def _read(path: Path) -> dict[str, Any]:
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"the settings file must be a mapping of option to value, got {type(found).__name__} in {path}")
+        raise ValueError(
+            f"the settings file must be a mapping of option to value, got {type(found).__name__} in {path}"
+        )
     return found
 
 
