@@ -145,7 +145,7 @@ class Decoding:
 
 def _capture(run: Callable[[], Any]) -> Callable[[], Any]:
     """Return a replay of ``run`` from a CUDA graph; what ``run`` returned is overwritten at each replay."""
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):

@@ -151,6 +151,7 @@ def load_conversations(
 
     Example:
         >>> import json, tempfile, pathlib
+        >>> from PIL import Image
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> Image.new("RGB", (40, 30)).save(folder / "boat.png")
         >>> talk = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A boat."}]
