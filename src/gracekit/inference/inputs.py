@@ -130,7 +130,7 @@ def resolve_choice(
         encoder_input_ids=prompt.ids,
         logits_processor=LogitsProcessorList(processors or []),
         device=device,
-        model_kwargs={},
+        model_kwargs={"attention_mask": prompt.mask},  # tokens of the padding are not penalised as repetitions
     )
     pad = resolved._pad_token_tensor
     eos = resolved._eos_token_tensor
