@@ -118,7 +118,11 @@ def test_a_group_of_zeros_rounds_to_codes_of_zero_with_scale_one():
             lambda: nn.Sequential(nn.Linear(32, 32)),
             "model must have a quantised layer .* got none in Sequential",
         ),
-        ("tpu", two_layers, "target must be one of 'auto', 'cpu', 'cuda', 'portable', 'reference', got target='tpu'"),
+        (
+            "tpu",
+            two_layers,
+            "target must be one of 'auto', 'cpu', 'cuda', 'triton', 'portable', 'reference', got target='tpu'",
+        ),
     ],
 )
 def test_a_layer_the_target_cannot_hold_is_named_and_nothing_has_changed(target, make, match):

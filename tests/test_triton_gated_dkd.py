@@ -210,7 +210,7 @@ def test_what_the_kernels_cannot_do_is_refused_by_name(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="backend='triton' is not available: the kernels need CUDA tensors, got cpu"):
         gated_dkd(logits, logits, target, backend="triton")
-    monkeypatch.setattr(_inputs, "_has_triton", lambda: False)
+    monkeypatch.setattr(_inputs, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="backend='triton' is not available: triton is not installed"):
         gated_dkd(logits, logits, target, backend="triton")
     assert _token_values.use_triton("auto", logits) is False

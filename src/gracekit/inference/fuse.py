@@ -18,19 +18,11 @@ from torch import Tensor, nn
 
 from gracekit._structure import find_decoder
 from gracekit.quant import convert
-from gracekit.quant.int4 import is_quantized, read_bits, read_scale, read_weight, to_reference
+from gracekit.quant.int4 import form_of, is_quantized, read_bits, read_scale, read_weight, to_reference
 from gracekit.quant.scheme import QuantizedWeight
 
 # In transformers' decoders these names say what shares an input; what a block calls otherwise stays as it is.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# The form of convert by the class of its tensors.
-_FORMS = {
-    "IntxUnpackedToInt8Tensor": "reference",
-    "Int4Tensor": "portable",
-    "Int8Tensor": "portable",
-    "Int4OpaqueTensor": "cpu",
-    "Int4TilePackedTo4dTensor": "cuda",
-}
 
 
 class SharedProduct(nn.Module):
@@ -137,9 +129,10 @@ def _check(layers: list[nn.Linear], where: str) -> None:
     ):
         raise ValueError(f"projections of one input must be alike in form, inputs and bias, got {layers} ({where})")
     if is_quantized(layers[0]):
-        form = type(layers[0].weight).__name__
-        if form not in _FORMS:
-            raise ValueError(f"quantised projections must be in a form of convert, got {form} ({where})")
+        if form_of(layers[0]) is None:
+            raise ValueError(
+                f"quantised projections must be in a form of convert, got {type(layers[0].weight).__name__} ({where})"
+            )
         if len({read_scale(layer).shape[1] for layer in layers}) > 1:
             raise ValueError(f"projections of one input must have one group size, got several ({where})")
     if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
@@ -169,7 +162,9 @@ def _stacked(layers: list[nn.Linear]) -> nn.Linear:
             ),
             requires_grad=False,
         )
-        holder = convert(nn.Sequential(linear), _FORMS[type(first.weight).__name__])
+        form = form_of(first)
+        assert form is not None  # checked for all layers before the first is touched
+        holder = convert(nn.Sequential(linear), form)
         linear = holder[0]  # type: ignore[index]
     else:
         linear.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 from dataclasses import dataclass, fields
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gracekit._checks import check_choice, check_int, check_real, check_values
+from gracekit._kernels import has_triton
 from gracekit.losses._rows import DKDParameters
 
 BACKENDS = ("auto", "torch", "triton")
@@ -63,13 +62,8 @@ def use_triton(backend: str, *tensors: Tensor) -> bool:
     return reason is None
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _why_no_triton(*tensors: Tensor) -> str | None:
-    if not _has_triton():
+    if not has_triton():
         return "triton is not installed"
     for tensor in tensors:
         if tensor.dtype == torch.float64:

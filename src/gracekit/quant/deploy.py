@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torchao.quantization.qat import FakeQuantizedLinear
 
 from gracekit._checks import check_choice
+from gracekit.quant._int4_layout import GROUPS as TRITON_GROUPS
 from gracekit.quant._modules import like_linear, swap_modules
 from gracekit.quant.int4 import (
     BUILDERS,
     KERNEL_GROUPS,
     foreign_parts,
+    form_of,
     is_foreign,
     is_quantized,
-    is_reference,
     read_bits,
     read_scale,
     read_weight,
@@ -24,7 +25,7 @@ from gracekit.quant.int4 import (
 from gracekit.quant.qat import DEFAULT_CONFIG, LayerFilter, select_layers
 from gracekit.quant.scheme import LSQConfig, QuantizedWeight, absmax_scale, quantize, round_scale
 
-TARGETS = ("auto", "cpu", "cuda", "portable", "reference")
+TARGETS = ("auto", "cpu", "cuda", "triton", "portable", "reference")
 DEPLOYED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -36,9 +37,11 @@ def convert(model: nn.Module, target: str = "auto", *, dtype: torch.dtype | None
 
     Args:
         model: a model after :func:`prepare_qat`, or one already converted (say, loaded in the portable form).
-        target: "cpu" (torchao's INT4 kernel for CPUs), "cuda" (tinygemm; bfloat16), "portable" (Int4Tensor or Int8Tensor, to save),
-            "reference" (IntxUnpackedToInt8Tensor, 2 to 8 bits, dequantises on the fly), or "auto": for 4 bits the kernel of the
-            device each layer is on, for other widths "reference".
+        target: "cpu" (torchao's INT4 kernel for CPUs), "cuda" (torchao's tinygemm; bfloat16), "triton" (our kernel for CUDA;
+            bfloat16 or float16, groups of 32, 64 or 128; the first product of each shape and number of rows times it, once a
+            machine), "portable" (Int4Tensor or Int8Tensor, to save), "reference" (IntxUnpackedToInt8Tensor, 2 to 8 bits,
+            dequantises on the fly), or "auto": for 4 bits torchao's kernel of the device each layer is on, for other widths
+            "reference".
         dtype: dtype of the activations the layers will see, torch.bfloat16, torch.float16 or torch.float32. None means
             each weight's own. A model that was trained with float32 weights and will run in bfloat16 is converted with
             ``dtype=torch.bfloat16`` first and cast as a whole after; cast before, its codes would be those of cast weights.
@@ -191,10 +194,17 @@ def check_target(
     if target == "portable":
         demand(inputs % 2 == 0, f"an even in_features, got in_features={inputs}")
     else:
+        groups = TRITON_GROUPS if target == "triton" else KERNEL_GROUPS
+        demand(group_size in groups, f"group_size in {groups}, got group_size={group_size}")
+    if target in ("cpu", "cuda"):
         demand(scale.device.type == target, f"the layer on a {target} device, got {scale.device}")
-        demand(group_size in KERNEL_GROUPS, f"group_size in {KERNEL_GROUPS}, got group_size={group_size}")
     if target == "cpu":
         demand(outputs % 16 == 0, f"out_features that 16 divides, got out_features={outputs}")
+    if target == "triton":
+        demand(
+            dtype in (torch.bfloat16, torch.float16),
+            f"bfloat16 or float16 activations (pass dtype=torch.bfloat16), got {dtype}",
+        )
     if target == "cuda":
         demand(dtype == torch.bfloat16, f"bfloat16 activations (pass dtype=torch.bfloat16), got {dtype}")
     demand(
@@ -225,7 +235,7 @@ def _let_transformers_know(model: nn.Module) -> None:
         plain=[name for name, module in linears.items() if not is_quantized(module)],
         bits=read_bits(quantized[0]),
         group_size=quantized[0].in_features // read_scale(quantized[0]).shape[1],
-        reference=is_reference(quantized[0]),
+        reference=form_of(quantized[0]) == "reference",
     )
 
 

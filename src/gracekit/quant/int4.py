@@ -9,6 +9,7 @@ where they are.
                Int8Tensor                the same for 8 bits; computes anywhere by dequantising
     cpu        Int4OpaqueTensor          tinygemm for CPUs; its bytes depend on the machine, never write them to a file
     cuda       Int4TilePackedTo4dTensor  tinygemm for CUDA, bfloat16
+    triton     Int4TritonTensor          our kernel for CUDA, bfloat16 or float16; elsewhere it dequantises
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torchao.utils import TorchAOBaseTensor
 
 from gracekit.quant.lsq import LSQFakeQuantizer
 from gracekit.quant.scheme import QuantizedWeight, deployed_scale, quantize
+from gracekit.quant.triton_tensor import Int4TritonTensor
 
 # O out_features, I in_features, S groups per row, G group size
 
@@ -52,9 +54,9 @@ def is_foreign(module: nn.Module) -> bool:
     return isinstance(module, FakeQuantizedLinear) or isinstance(module.weight, TorchAOBaseTensor)
 
 
-def is_reference(module: nn.Linear) -> bool:
-    """Whether a converted layer is in the reference form."""
-    return isinstance(module.weight, IntxUnpackedToInt8Tensor)
+def form_of(module: nn.Linear) -> str | None:
+    """Return the target of ``convert`` that a layer is in; None while it is in training or plain."""
+    return _FORMS.get(type(module.weight))
 
 
 def read_scale(module: nn.Linear) -> Tensor:
@@ -67,6 +69,8 @@ def read_scale(module: nn.Linear) -> Tensor:
         scale: Tensor = weight.scale
     elif isinstance(weight, Int4Tensor):
         scale = weight.scale.t()
+    elif isinstance(weight, Int4TritonTensor):
+        scale = weight.scales()
     else:
         groups = weight.shape[1] // weight.block_size[1]
         scale = weight.scale_and_zero[:groups, : weight.shape[0], 0].t()
@@ -206,5 +210,20 @@ _READERS: dict[type[Tensor], Callable[[Any], Tensor]] = {
     Int4Tensor: _codes_of_portable,
     Int4OpaqueTensor: _codes_of_cpu,
     Int4TilePackedTo4dTensor: _codes_of_cuda,
+    Int4TritonTensor: lambda weight: weight.codes(),
 }
-BUILDERS = {"reference": to_reference, "portable": to_portable, "cpu": to_cpu, "cuda": to_cuda}
+BUILDERS: dict[str, Callable[[QuantizedWeight], Tensor]] = {
+    "reference": to_reference,
+    "portable": to_portable,
+    "cpu": to_cpu,
+    "cuda": to_cuda,
+    "triton": Int4TritonTensor.from_weight,
+}
+_FORMS: dict[type[Tensor], str] = {
+    IntxUnpackedToInt8Tensor: "reference",
+    Int8Tensor: "portable",
+    Int4Tensor: "portable",
+    Int4OpaqueTensor: "cpu",
+    Int4TilePackedTo4dTensor: "cuda",
+    Int4TritonTensor: "triton",
+}

@@ -15,8 +15,6 @@ them once more. On CUDA each operator is one Triton kernel (:mod:`gracekit.quant
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from torchao.quantization.qat import FakeQuantizerBase
 
 from gracekit._checks import check_choice, check_floating, check_int, check_rank, check_same_device
+from gracekit._kernels import has_triton
 from gracekit.quant import _torch_lsq
 from gracekit.quant.scheme import SCALE_DTYPES, LSQConfig, deployed_scale
 
@@ -116,16 +115,11 @@ class LSQFakeQuantizer(FakeQuantizerBase):  # type: ignore[misc]
 
 def _backend(weight: Tensor) -> ModuleType:
     """Return the Triton kernels where they can compute (they know float32 and halves), else the same in torch operations."""
-    if not weight.is_cuda or weight.dtype == torch.float64 or not _has_triton():
+    if not weight.is_cuda or weight.dtype == torch.float64 or not has_triton():
         return _torch_lsq
     from gracekit.quant import _triton_lsq
 
     return _triton_lsq
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @torch.library.custom_op("gracekit::lsq_forward", mutates_args=())

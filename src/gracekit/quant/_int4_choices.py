@@ -1,0 +1,154 @@
+"""Which way a 4-bit product is computed, by the number of rows of x: a table measured on this machine and kept in a file.
+
+For each shape, group size, dtype and power of two that the rows round up to, the first product times every schedule of the
+kernel and the dense way, with the weight coming from memory: copies that together exceed the cache take turns inside a CUDA graph,
+as the layers of a model do. What is fastest is used from then on, in later processes too. The file is
+``$GRACEKIT_CACHE/int4-GPU-VERSIONS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
+measure anew. Nothing is measured while a graph is captured: a product not known by then is computed the dense way.
+"""
+
+# M rows of x, N out_features, K in_features, T tiles, C chunks
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.testing import do_bench_cudagraph
+
+from gracekit.quant import _triton_int4 as kernel
+from gracekit.quant._int4_layout import TILE
+from gracekit.quant._triton_int4 import Schedule
+
+_LARGEST = 1 << 13  # rows beyond are as many as these
+_SPLITS = (1, 2, 4, 8, 16)
+_SPLIT_ROWS = 256  # rows of x beyond which tiles are many and nothing is split
+_WAVES = (0.7, 9.0)  # programs per multiprocessor that are worth a try
+_COPIES = 64
+_MILLISECONDS = 20
+
+_log = logging.getLogger(__name__)
+
+
+def choose(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Schedule | None:
+    """Return the fastest schedule for x (M, K); None for the dense way, or where nothing is known and nothing can be timed."""
+    table = _table(x.get_device())
+    bucket = min(triton.next_power_of_2(len(x)), _LARGEST)
+    key = f"{outputs}x{x.shape[1]} {scale.shape[0]} groups {x.dtype} {bucket} rows"
+    if key not in table.entries:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        table.add(key, _measure(bucket, x, packed, scale, counters, outputs))
+    found = table.entries[key]["schedule"]
+    return None if found is None else Schedule(*found)
+
+
+class Table:
+    """Measured choices, in a file that several processes may add to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._read()
+
+    def add(self, key: str, entry: dict[str, Any]) -> None:
+        """Keep an entry. A folder that cannot be written to costs a measurement in each process, and nothing else."""
+        self._read()
+        self.entries[key] = entry
+        beside = self.path.with_suffix(f".{os.getpid()}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_text(json.dumps(self.entries, indent=1))
+            beside.replace(self.path)
+        except OSError as error:
+            _log.warning(
+                "%s cannot be written (%s): 4-bit products are measured anew in each process", self.path, error
+            )
+
+    def _read(self) -> None:
+        # A file that is not ours to read, or is damaged, is measured anew and replaced.
+        with contextlib.suppress(OSError, ValueError):
+            held = json.loads(self.path.read_text())
+            self.entries.update({key: entry for key, entry in held.items() if "schedule" in entry})
+
+
+def cache_folder() -> Path:
+    """Return the folder of measured tables."""
+    if "GRACEKIT_CACHE" in os.environ:
+        return Path(os.environ["GRACEKIT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gracekit"
+
+
+@functools.cache
+def _table(device: int) -> Table:
+    name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-").lower()
+    return Table(cache_folder() / f"int4-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
+
+
+def schedules(rows: int, outputs: int, chunks: int, processors: int) -> Iterator[Schedule]:
+    """Yield what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors."""
+    widest = max(16, min(triton.next_power_of_2(rows), 128))
+    widths = {widest, max(16, widest // 2)} if rows > 32 else {8, 16} if rows <= 8 else {widest}
+    for tokens in sorted(widths):
+        for tile in (64, 128):
+            blocks = triton.cdiv(rows, tokens) * triton.cdiv(outputs, tile)
+            splits = [s for s in _SPLITS if s == 1 or (rows <= _SPLIT_ROWS and 2 * s <= chunks)]
+            filling = [s for s in splits if _WAVES[0] <= blocks * s / processors <= _WAVES[1]]
+            for split in filling or [splits[-1] if blocks < processors else 1]:
+                for warps in (4, 8) if tile == 128 else (4,):
+                    for stages in (3, 5):
+                        yield Schedule(tile, tokens, split, warps, stages)
+
+
+def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> dict[str, Any]:
+    """Time all ways for a shape and return the entry of the fastest, with the times in microseconds."""
+    shape = (outputs, x.shape[1])
+    properties = torch.cuda.get_device_properties(x.device)
+    _log.info("measuring 4-bit products of %d rows with a %d x %d weight on %s", rows, *shape, properties.name)
+    inputs = torch.randn(rows, shape[1], dtype=x.dtype, device=x.device)
+    count = min(_COPIES, 1 + 2 * properties.L2_cache_size // (packed.numel() * packed.element_size()))
+    weights = [packed, *(packed.clone() for _ in range(count - 1))]
+    with torch.cuda.device(x.device):
+        torch.cuda.synchronize()  # a product that still runs has its hands on the counters
+        dense = _microseconds(lambda weight: F.linear(inputs, kernel.values(weight, scale, shape)), weights)
+        times: dict[Schedule | None, float] = {None: dense}
+        for schedule in schedules(rows, shape[0], packed.shape[1], properties.multi_processor_count):
+            if kernel.counters_needed(len(packed) * TILE, rows, schedule) > counters.numel():
+                continue
+            multiply = functools.partial(_product, inputs, scale, counters, outputs, schedule)
+            try:
+                times[schedule] = _microseconds(multiply, weights)
+            except (OutOfResources, CompilationError, PTXASError):
+                continue  # more registers or shared memory than this card has
+    best = min(times, key=times.__getitem__)
+    return {
+        "schedule": None if best is None else list(best),
+        "microseconds": round(times[best], 2),
+        "dense_microseconds": round(dense, 2),
+    }
+
+
+def _product(x: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedule: Schedule, packed: Tensor) -> Tensor:
+    return kernel.linear(x, packed, scale, counters, outputs, schedule)
+
+
+def _microseconds(run: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
+    """Return the median time of one product, the weights taking turns."""
+
+    def turn() -> None:
+        for weight in weights:
+            run(weight)
+
+    return 1e3 * float(do_bench_cudagraph(turn, rep=_MILLISECONDS, return_mode="median")) / len(weights)
