@@ -167,7 +167,9 @@ def test_a_compiled_step_gives_the_same_tokens():
     assert torch.equal(generate(model, batch, max_new_tokens=NEW, compile=True).sequences, theirs(model, batch))
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("reference", torch.float32), ("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("reference", torch.float32), ("cpu", torch.bfloat16), ("triton", torch.bfloat16)]
+)
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_int4_gives_the_tokens_that_transformers_gives_with_the_same_weights(name, target, dtype):
     model = quantize_rtn(built(name).to(dtype), LSQConfig(group_size=32), target=target)
