@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import _harness
 import torch
-import transformers
-from bench_visual_tap import built, qwen2_vl_2b, tiny_models
+from _models import built, qwen2_vl_2b, qwen2_vl_7b
+from bench_visual_tap import tiny_models
 
 from gracekit import ConfidenceGatedDKD, GraceObjective, shift_labels
 from gracekit.quant import LSQConfig, prepare_qat
@@ -31,18 +31,6 @@ from gracekit.recipe.distillation import (
 SAMPLES, IMAGE, TEXT, ANSWER = 4, (1, 48, 50), 424, 150
 VARIANTS = ("baseline", "ce from hidden states", "+ gdkd", "+ rcka", "+ int4 weights: GRACE")
 LOSSES = {"ce from hidden states": "ce", "+ gdkd": "gdkd"}
-
-
-def qwen2_vl_7b():
-    text = {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-    }  # fmt: skip
-    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
-    return transformers.Qwen2VLForConditionalGeneration(
-        transformers.Qwen2VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
-    )
 
 
 def real_batch(config):
@@ -142,7 +130,7 @@ def main() -> None:
     dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
     make_student, make_teacher, make_batch, vocab_size = MODELS[given.device]
     torch.manual_seed(0)
-    student, teacher = (built(make, given.device, dtype) for make in (make_student, make_teacher))
+    student, teacher = (built(make, given.device, dtype).train() for make in (make_student, make_teacher))
     teacher.eval().requires_grad_(False)
     batch = {
         name: value.to(given.device, dtype if value.is_floating_point() else value.dtype)

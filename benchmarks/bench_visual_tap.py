@@ -13,45 +13,17 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import _harness
 import tiny_models
+from _models import built, llava_7b, qwen2_vl_2b
 
 from gracekit.vlm import VisualTokenTap
 
 SAMPLES, TEXT = 2, 448
 TINY = ["I" + 200 * "t"] * 8
-
-
-def llava_7b():
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = transformers.LlamaConfig(vocab_size=32064)
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000)
-    )
-
-
-def qwen2_vl_2b():
-    text = {
-        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-    }  # fmt: skip
-    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
-    return transformers.Qwen2VLForConditionalGeneration(
-        transformers.Qwen2VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=True)
-    )
 
 
 def batch_of(config, pixels, tokens):
@@ -94,16 +66,6 @@ MODELS = {
 }
 
 
-def built(build, device, dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return build().to(device).train()
-    finally:
-        torch.set_default_dtype(before)
-
-
 def step(model, batch, variant):
     """One forward and backward; gradients are let go of, so that the peak holds them and what is there before does not."""
     with VisualTokenTap(model) if variant == "tap" else _Nothing() as tap:
@@ -129,7 +91,7 @@ class _Nothing:
 
 def bench(name, build, make_batch, device, dtype, runs):
     torch.manual_seed(0)
-    model = built(build, device, dtype)
+    model = built(build, device, dtype).train()
     batch = {
         key: value.to(device, dtype if value.is_floating_point() else value.dtype)
         for key, value in make_batch(model).items()

@@ -1,0 +1,114 @@
+"""A product with a 4-bit weight against the dense one, for many numbers of rows, with the weights coming from memory.
+
+On CUDA: bfloat16 cuBLAS, torchao's tile-packed form (tinygemm), and our kernel as the machine's table has it launched; times
+are of CUDA graphs in which copies of the weight that together exceed the cache take turns. On a CPU: float32 and bfloat16 dense
+products and torchao's INT4 kernel, copies taking turns as well.
+
+python benchmarks/bench_int4_linear.py                 # on CUDA
+python benchmarks/bench_int4_linear.py --device cpu
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+
+import _harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gracekit.quant import LSQConfig, convert, quantize_rtn
+
+GROUP = 128
+SHAPES = ((11008, 4096), (4096, 11008), (22016, 4096), (12288, 4096), (4096, 4096))
+ROWS = {
+    "cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 608, 1024, 2048, 4096, 8192),
+    "cpu": (1, 2, 4, 8, 16, 32, 64, 256),
+}
+CPU_SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
+BASELINE = "bf16 dense"
+FORMS = {
+    "cuda": {BASELINE: None, "INT4 torchao tile-packed": "cuda", "INT4 gracekit": "triton"},
+    "cpu": {BASELINE: None, "fp32 dense": None, "INT4 torchao": "cpu"},
+}
+CYCLED_BYTES = {"cuda": 0, "cpu": 1 << 29}  # on CUDA twice the cache
+
+
+def weights(variant: str, form: str | None, shape: tuple[int, int], device: str) -> Iterator[Tensor]:
+    """Copies of one random weight in a form, enough that none is found in the cache."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if variant.startswith("fp32") else torch.bfloat16
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False, device=device, dtype=dtype))
+    bytes_each = shape[0] * shape[1] * dtype.itemsize
+    if form is not None:
+        model = convert(quantize_rtn(model, LSQConfig(group_size=GROUP), target="portable"), form)
+        bytes_each = packed_bytes(shape)
+    cycled = CYCLED_BYTES[device] or 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    weight = model[0].weight.detach()
+    yield weight
+    for _ in range(min(64, cycled // bytes_each)):
+        yield weight.clone()
+
+
+def packed_bytes(shape: tuple[int, int]) -> int:
+    """Codes and scales."""
+    return shape[0] * shape[1] // 2 + 2 * shape[0] * shape[1] // GROUP
+
+
+def time_us(run: Callable[[Tensor], Tensor], copies: list[Tensor], device: str, runs: int) -> list[float]:
+    """Microseconds of one product, ``runs`` times."""
+    if device == "cpu":
+        turn = itertools.cycle(copies)
+        for _ in range(2):
+            run(next(turn))
+        return [1e3 * time for time in _harness._cpu_times(lambda: run(next(turn)), runs)]
+    from triton.testing import do_bench_cudagraph
+
+    def every() -> None:
+        for weight in copies:
+            run(weight)
+
+    return [1e3 * time / len(copies) for time in do_bench_cudagraph(every, rep=20, return_mode="all")]
+
+
+def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> list[dict]:
+    rows = []
+    limit = packed_bytes(shape) / bandwidth * 1e6
+    for variant, form in FORMS[device].items():
+        copies = list(weights(variant, form, shape, device))
+        dtype = torch.float32 if variant.startswith("fp32") else torch.bfloat16
+        for count in ROWS[device]:
+            x = torch.randn(count, shape[1], device=device, dtype=dtype)
+            F.linear(x, copies[0])  # measures the machine's choice where that is not known yet
+            times = time_us(lambda weight, x=x: F.linear(x, weight), copies, device, runs)
+            row = {"out": shape[0], "in": shape[1], "rows": count, "variant": variant}
+            row |= {"median_us": round(statistics.median(times), 2), "min_us": round(min(times), 2)}
+            row |= {"max_us": round(max(times), 2), "traffic_limit_us": round(limit, 2)}
+            rows.append(row)
+        del copies
+        gc.collect()
+    dense = {row["rows"]: row["median_us"] for row in rows if row["variant"] == BASELINE}
+    for row in rows:
+        row["times_faster_than_bf16"] = round(dense[row["rows"]] / row["median_us"], 3)
+        row["share_of_traffic_limit"] = round(limit / row["median_us"], 3)
+        _harness.show(row)
+    return rows
+
+
+def main() -> None:
+    given = _harness.parser(__doc__).parse_args()
+    bandwidth = _harness.copy_bandwidth(given.device, 1024 if given.device == "cuda" else 256)
+    about = {"group_size": GROUP, "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1), "rows": []}
+    with torch.inference_mode():
+        for shape in SHAPES if given.device == "cuda" else CPU_SHAPES:
+            about["rows"] += bench(shape, given.device, given.runs, bandwidth)
+            _harness.write(
+                "int4_linear", given.device, about, given.output
+            )  # what is measured stays if a run is cut short
+
+
+if __name__ == "__main__":
+    main()
