@@ -225,8 +225,22 @@ def test_bad_options_and_too_few_rows_are_refused():
         cka(X, Y[None])
 
 
-def test_a_nan_token_is_seen_in_its_own_image_only():
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_a_token_that_is_not_finite_shows_in_the_loss_and_in_its_own_image_alone(value, estimator):
     x, y = normal(1, 12, 5), normal(2, 12, 6)
     poisoned = x.clone()
-    poisoned[0, 0] = math.nan
-    torch.testing.assert_close(RelationalCKA()(poisoned, y, [6, 6]), 1 - cka(x[6:], y[6:]))
+    poisoned[0, 0] = value
+    poisoned.requires_grad_(), x.requires_grad_()
+    criterion = RelationalCKA(estimator=estimator)
+    loss = criterion(poisoned, y, [6, 6])
+    loss.backward()
+    criterion(x, y, [6, 6]).backward()
+    assert loss.isnan()
+    torch.testing.assert_close(poisoned.grad[6:], x.grad[6:])
+
+
+def test_a_token_that_is_not_finite_leaves_the_loss_with_an_image_that_is_too_small():
+    x, y = normal(1, 9, 5), normal(2, 9, 6)
+    x[0, 0] = math.nan
+    torch.testing.assert_close(RelationalCKA()(x, y, [3, 6]), 1 - cka(x[3:], y[3:]))

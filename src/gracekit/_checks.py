@@ -18,7 +18,7 @@ def check_real(
         raise TypeError(f"{name} must be a number, got {name}={value!r}")
     number = float(value)
     inside = (low < number if open_low else low <= number) and number <= high
-    if not inside or not math.isfinite(number):
+    if not (inside and -math.inf < number < math.inf):
         bracket = "(" if open_low else "["
         raise ValueError(f"{name} must be finite and in {bracket}{low:g}, {high:g}], got {name}={value!r}")
     return number

@@ -173,7 +173,7 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
         student_peak_N1[:, 0],
         student_lse_N1[:, 0],
         teacher_peak_N1[:, 0],
-        teacher_lse_N1[:, 0],
+        torch.where(teacher_odds_N1 == math.inf, math.inf, teacher_lse_N1)[:, 0],  # no rest, no NCKD
         _sigmoid_difference(student_odds_N1, teacher_odds_N1)[:, 0],
         ce_peak_N1[:, 0],
         ce_lse_N1[:, 0],
@@ -203,6 +203,7 @@ def backward_rows(
     target_N1 = target_N[:, None]
     columns = RowStatistics(*(statistic[:, None] for statistic in statistics))
     gap_N1 = columns.target_gap_N
+    beta_N1 = torch.where(columns.teacher_lse_N == math.inf, 0.0, beta)
 
     rest_NV = _without_target(student_NV.to(dtype), target_N1)
     student_hat_NK = (
@@ -211,7 +212,7 @@ def backward_rows(
     rest_teacher_NK = _without_target(teacher_NV[:, :classes].to(dtype), target_N1)
     teacher_hat_NK = (rest_teacher_NK - columns.teacher_peak_N).div_(temperature).sub_(columns.teacher_lse_N).exp_()
     scale_N1 = temperature * dkd_grad_N[:, None]
-    dkd_NK = (scale_N1 * (beta - alpha * gap_N1)) * student_hat_NK - (scale_N1 * beta) * teacher_hat_NK
+    dkd_NK = (scale_N1 * (beta_N1 - alpha * gap_N1)) * student_hat_NK - (scale_N1 * beta_N1) * teacher_hat_NK
     dkd_NK = dkd_NK.scatter(1, target_N1, scale_N1 * alpha * gap_N1)
     if with_cross_entropy:
         log_rest_N1 = columns.ce_lse_N - F.logsigmoid(-columns.ce_log_odds_N)

@@ -121,7 +121,7 @@ class _TokenValues(torch.autograd.Function):
                 ce_grad_N,
                 dkd_grad_N,
                 ctx.parameters,
-                out_NV=torch.empty_like(rows.student_NV),
+                out_NV=torch.empty_like(rows.student_NV, memory_format=torch.contiguous_format),
                 with_cross_entropy=ctx.with_cross_entropy,
                 triton=ctx.triton,
             )

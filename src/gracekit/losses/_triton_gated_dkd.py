@@ -239,7 +239,7 @@ def finish_kernel(
     tl.store(statistics + row, s_peak)
     tl.store(statistics + N + row, s_lse)
     tl.store(statistics + 2 * N + row, t_peak)
-    tl.store(statistics + 3 * N + row, t_lse)
+    tl.store(statistics + 3 * N + row, tl.where(t_sum == 0.0, _INF, t_lse))  # no rest, no NCKD
     tl.store(statistics + 4 * N + row, target_gap)
     tl.store(statistics + 5 * N + row, c_peak)
     tl.store(statistics + 6 * N + row, c_lse)
@@ -264,6 +264,7 @@ def gradient_kernel(
     at = statistics + row
     gap = tl.load(at + 4 * N)
     scale = temperature * tl.load(dkd_grad + row)
+    beta = tl.where(tl.load(at + 3 * N) == _INF, 0.0, beta)
     rate = _LOG2E / temperature
     s = tl.load(student + row * student_stride + column, mask=inside, other=-_INF).to(tl.float32)
     t = tl.load(teacher + row * teacher_stride + column, mask=column < K, other=-_INF).to(tl.float32)

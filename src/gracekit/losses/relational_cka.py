@@ -32,7 +32,7 @@ from gracekit._checks import (
     check_rank,
     check_same_device,
 )
-from gracekit.losses._bfloat16_cka import FeatureSimilarity, GramSimilarity
+from gracekit.losses._bfloat16_cka import FeatureSimilarity, GramSimilarity, is_defined
 from gracekit.losses._inputs import divisor
 
 ESTIMATORS = ("biased", "unbiased")
@@ -217,7 +217,7 @@ def _checked_lengths(lengths: Sequence[int] | Tensor, tokens: int) -> list[int]:
 
 def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> _Batch:
     """Pad packed images to the longest; a plain reshape where all are as long."""
-    longest = max(counts, default=0)
+    longest = max(counts) if counts else 0
     if counts and min(counts) == longest:
         student, teacher = (side.reshape(len(counts), longest, side.shape[-1]) for side in (student, teacher))
         return _Batch(student, teacher, None, None)
@@ -325,14 +325,15 @@ def _similarity(
     with without_autocast(x_BND):
         x_BND, y_BND = _centred(x_BND, batch, normalize), _centred(y_BND, batch, normalize)
         biased = (_gram_hsic if _gram_is_cheaper(x_BND, y_BND) else _feature_hsic)(x_BND, y_BND)
-        defined_B = (biased.xx_B >= _COLLAPSED) & (biased.yy_B >= _COLLAPSED)
+        defined_B = is_defined(biased.xx_B, biased.yy_B, _COLLAPSED)
         hsic = biased
         if estimator == "unbiased":
             count_B = (
                 torch.full_like(biased.xx_B, x_BND.shape[1]) if counts_B is None else counts_B.to(biased.xx_B.dtype)
             )
             hsic = _unbiased(biased, x_BND, y_BND, count_B)
-            defined_B = defined_B & (hsic.xx_B > _CANCELLED * biased.xx_B) & (hsic.yy_B > _CANCELLED * biased.yy_B)
+            cancelled_B = (hsic.xx_B <= _CANCELLED * biased.xx_B) | (hsic.yy_B <= _CANCELLED * biased.yy_B)
+            defined_B = defined_B & ~cancelled_B
         # Roots before the product: at 1e-8 each it would underflow in its gradient. Undefined images divide by 1.
         norm_B = torch.where(defined_B, hsic.xx_B, 1.0).sqrt() * torch.where(defined_B, hsic.yy_B, 1.0).sqrt()
         similarity_B = hsic.xy_B / norm_B
