@@ -122,6 +122,22 @@ def test_a_learning_rate_of_zero_is_a_fixed_multiplier():
         assert controller.step(value).item() == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize("weight", [math.nan, torch.tensor(math.nan)])
+def test_a_weight_that_is_no_number_skips_the_step(weight):
+    controller = LagrangianController(lr=1.0)
+    controller.step(9.0, weight=weight)
+    assert controller.multiplier.item() == 1.0
+    assert controller.skipped.item() == 1
+
+
+@pytest.mark.parametrize("lr", [0.0, 3e38])
+def test_a_multiplier_that_would_be_no_number_is_skipped(lr):
+    controller = LagrangianController(target=0.5, lr=lr, ema_decay=0.0)
+    for value in (3e38, -3e38, 0.5):
+        controller.step(value)
+        assert controller.bounds[0] <= controller.multiplier.item() <= controller.bounds[1]
+
+
 def test_a_value_that_weighs_nothing_is_skipped():
     controller = LagrangianController(lr=1.0)
     controller.step(9.0, weight=0.0)

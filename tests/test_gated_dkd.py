@@ -207,6 +207,16 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
 
+def test_numbers_that_change_from_call_to_call_do_not_break_the_graph():
+    compiled = torch.compile(gated_dkd, fullgraph=True, backend="aot_eager")
+    student, teacher, target = normal(1, 6, 9), normal(2, 6, 9), labels(3, 6, 9)
+    for gate_sum, temperature in ((5.0, 2.0), (7.0, 2.0), (9.0, 1.5)):
+        options = {"gate_sum": gate_sum, "temperature": temperature}
+        torch.testing.assert_close(
+            compiled(student, teacher, target, **options), gated_dkd(student, teacher, target, **options)
+        )
+
+
 def test_compiles_into_one_graph():
     compiled = torch.compile(gated_dkd, fullgraph=True, backend="aot_eager")
     student, teacher, target = normal(1, 6, 9).requires_grad_(), normal(2, 6, 9), labels(3, 6, 9)
@@ -338,3 +348,9 @@ def test_bad_labels_and_gates_are_refused():
         entropy_gate(LOGITS, TARGET[:1])
     with pytest.raises(ValueError, match="vocab_size must be at most V"):
         entropy_gate(LOGITS, TARGET, vocab_size=9)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 5\) or ignore_index, got 97"):
+        entropy_gate(LOGITS, TARGET + 97)
+    with pytest.raises(ValueError, match="ignore_index must be at least 0 and at most 255, got ignore_index=-100"):
+        shift_labels(TARGET.to(torch.uint8))
+    with pytest.raises(TypeError, match="student_logits must have a floating dtype of at least 16 bits"):
+        gated_dkd(LOGITS.to(torch.float8_e4m3fn), LOGITS, TARGET)

@@ -148,3 +148,39 @@ def test_bad_parts_are_refused():
         GraceObjective(relational_weight=-1.0)
     with pytest.raises(ValueError, match="must be given together, got teacher_tokens=None"):
         GraceObjective()(*logits(), student_tokens=normal(1, 5, 5))
+    with pytest.raises(ValueError, match="lengths and mask describe student_tokens and teacher_tokens"):
+        GraceObjective()(*logits(), lengths=[3])
+
+
+def test_a_padded_batch_of_images_is_counted_by_its_mask():
+    objective = GraceObjective()
+    student, teacher, target = logits()
+    mask = torch.tensor([[True] * 5, [True] * 4 + [False], [True] * 3 + [False] * 2])
+    tokens = {"student_tokens": normal(4, 3, 5, 6), "teacher_tokens": normal(5, 3, 5, 7), "mask": mask}
+    counts = objective.global_counts(teacher, target, mask=mask)
+    assert counts["image_count"] == 2
+    whole, part = objective(student, teacher, target, **tokens), objective(student, teacher, target, **tokens, **counts)
+    torch.testing.assert_close(part.total, whole.total, rtol=1e-6, atol=0)
+
+
+def test_counts_say_nothing_of_images_that_were_not_described():
+    objective = GraceObjective()
+    _, teacher, target = logits()
+    assert set(objective.global_counts(teacher, target)) == {"gate_sum", "token_count"}
+    assert objective.global_counts(teacher, target, [])["image_count"] == 0
+    for lengths in ([5, 3, 6], torch.tensor([5, 3, 6])):
+        assert objective.global_counts(teacher, target, lengths, reduce=False)["image_count"] == 2
+    with pytest.raises(ValueError, match="describe images in two ways"):
+        objective.global_counts(teacher, target, [5], mask=torch.ones(1, 5, dtype=torch.bool))
+
+
+def test_a_multiplier_of_zero_lets_an_infinite_distillation_go():
+    student, teacher, target = logits()
+    student = student.detach().index_fill(1, torch.tensor([8]), -torch.inf).requires_grad_()
+    target = target.clamp_max(7)
+    controller = LagrangianController(initial=0.0, bounds=(0.0, 5.0))
+    loss = GraceObjective(controller=controller)(student, teacher, target)
+    assert loss.gated_dkd == torch.inf
+    torch.testing.assert_close(loss.total, loss.cross_entropy)
+    loss.total.backward()
+    assert student.grad.isfinite().all()

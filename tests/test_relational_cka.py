@@ -163,7 +163,7 @@ def test_compiles_into_one_graph():
     criterion = RelationalCKA()
     compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
     x, y = normal(1, 11, 5).requires_grad_(), normal(2, 11, 6)
-    for lengths in ([5, 6], None):
+    for lengths in ([5, 6], [4, 7], [3, 3, 5], None):
         results = [
             (loss.detach(), torch.autograd.grad(loss, x)[0])
             for f in (criterion, compiled)
@@ -204,6 +204,8 @@ X, Y = torch.zeros(6, 5), torch.zeros(6, 7)
         ((X, Y), {"mask": torch.ones(6, dtype=torch.bool)}, ValueError, r"mask must have shape \(B, n\), got \(6,\)"),
         ((X[None], Y[None]), {"mask": torch.ones(1, 6)}, TypeError, "mask must be a bool tensor, got torch.float32"),
         ((X, Y), {"image_count": -1}, ValueError, "image_count must be"),
+        ((X, Y, 6), {}, TypeError, "lengths must be a sequence of integers or a tensor, got int"),
+        ((X[None], Y[None]), {"mask": [[True] * 6]}, TypeError, "mask must be a bool tensor, got list"),
         ((X, Y.to("meta")), {}, ValueError, "must be on one device"),
     ],
 )
@@ -215,6 +217,8 @@ def test_bad_input_names_argument_rule_and_value(arguments, options, error, mess
 def test_bad_options_and_too_few_rows_are_refused():
     with pytest.raises(ValueError, match="estimator must be one of 'biased', 'unbiased'"):
         RelationalCKA(estimator="minibatch")
+    with pytest.raises(ValueError, match="normalize must be one of True, False, got normalize='no'"):
+        RelationalCKA(normalize="no")
     with pytest.raises(ValueError, match="min_tokens must be at least 4, got min_tokens=3"):
         RelationalCKA(estimator="unbiased", min_tokens=3)
     with pytest.raises(ValueError, match=r"x must have at least 4 rows for estimator='unbiased', got \(3, 5\)"):

@@ -134,10 +134,26 @@ def test_the_public_loss_equals_the_oracle(dtype, options):
 def test_rows_may_have_any_stride():
     whole = normal(1, 6, 64, dtype=torch.float32).to(DEVICE)
     teacher, target = on_device(normal(2, 6, 31, dtype=torch.float32), labels(3, 6, 31))
-    expected = gated_dkd(whole[:, 5:36].contiguous(), teacher, target, backend="torch")
+    teachers = (teacher, teacher.T.contiguous().T)
+    expected = loss_and_gradient(whole[:, 5:36].contiguous(), teacher, target, backend="torch")
     for student in (whole[:, 5:36], whole[:, 5:36].T.contiguous().T):
         assert not student.is_contiguous()
-        torch.testing.assert_close(gated_dkd(student, teacher, target, backend="triton"), expected)
+        for side in teachers:
+            torch.testing.assert_close(loss_and_gradient(student, side, target, backend="triton"), expected)
+
+
+def loss_and_gradient(student, teacher, target, **options):
+    student = student.detach().requires_grad_()
+    loss = gated_dkd(student, teacher, target, **options)
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+def test_a_teacher_that_masks_all_but_the_target_teaches_nothing_about_the_rest():
+    student, target = on_device(normal(1, 4, 31, dtype=torch.float32), labels(3, 4, 31, ignored=0.0))
+    one_hot = torch.full_like(student, -math.inf).scatter(1, target[:, None], 0.0)
+    results = [loss_and_gradient(student, one_hot, target, backend=backend) for backend in ("torch", "triton")]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0][1].sum(1), torch.zeros(4, device=DEVICE), rtol=0, atol=1e-6)
 
 
 def test_parts_with_the_global_gate_sum_add_up_to_the_whole():

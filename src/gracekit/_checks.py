@@ -46,6 +46,8 @@ def check_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    if tensor.dtype.itemsize < 2:
+        raise TypeError(f"{name} must have a floating dtype of at least 16 bits, got {tensor.dtype}")
 
 
 def check_integral(name: str, tensor: object) -> None:

@@ -13,7 +13,8 @@ A :math:`\tau` that the loss never reaches pins :math:`\beta` at its ceiling, wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from gracekit._checks import check_choice, check_real
 from gracekit._distributed import all_sum, world_size
+
+_LARGEST = torch.finfo(torch.float32).max  # the buffers hold no more
 
 
 class LagrangianController(nn.Module):
@@ -64,9 +67,9 @@ class LagrangianController(nn.Module):
         ema_decay: float = 0.99,
     ) -> None:
         super().__init__()
-        self.target = check_real("target", target)
-        self.lr = check_real("lr", lr, low=0.0)
-        if len(bounds) != 2:
+        self.target = check_real("target", target, low=-_LARGEST, high=_LARGEST)
+        self.lr = check_real("lr", lr, low=0.0, high=_LARGEST)
+        if not isinstance(bounds, Sequence) or len(bounds) != 2:
             raise ValueError(f"bounds must be (least, greatest), got bounds={bounds!r}")
         low = check_real("bounds[0]", bounds[0], low=0.0)
         self.bounds = (low, check_real("bounds[1]", bounds[1], low=low))
@@ -97,6 +100,7 @@ class LagrangianController(nn.Module):
             ``skipped``.
 
         Raises:
+            TypeError: a value or weight that is no number.
             ValueError: a value or weight of more than one element, a weight with ``reduce="sum"``, an unknown ``reduce``.
         """
         check_choice("reduce", reduce, ("mean", "sum"))
@@ -112,10 +116,10 @@ class LagrangianController(nn.Module):
                 value = part / share
             # Without a supervised token there is nothing to learn of the constraint.
             value = torch.where(share > 0, value, math.nan)
-        usable = value.isfinite()
         first = self.ema.isnan()
         ema = torch.where(first, value, self.ema_decay * self.ema + (1.0 - self.ema_decay) * value)
         moved = (self.multiplier + self.lr * (ema - self.target)).clamp(*self._limits)
+        usable = value.isfinite() & moved.isfinite()
         self.ema.copy_(torch.where(usable, ema, self.ema))
         self.multiplier.copy_(torch.where(usable, moved, self.multiplier))
         at_bound = (self.multiplier <= self._limits[0]) | (self.multiplier >= self._limits[1])
@@ -125,9 +129,11 @@ class LagrangianController(nn.Module):
 
     def _scalar(self, name: str, value: Tensor | float) -> Tensor:
         if not isinstance(value, Tensor):
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number or a tensor of one element, got {type(value).__name__}")
             # A number beyond float32 is as infinite as the buffers can tell.
-            number = float(value) if abs(value) <= torch.finfo(torch.float32).max else math.inf
-            return torch.full_like(self.multiplier, number)
+            beyond = abs(value) > torch.finfo(torch.float32).max
+            return torch.full_like(self.multiplier, math.inf if beyond else float(value))
         if value.numel() != 1:
             raise ValueError(f"{name} must hold one element, got shape {tuple(value.shape)}")
         return value.detach().reshape(()).to(self.multiplier)

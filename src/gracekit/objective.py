@@ -18,6 +18,7 @@ from gracekit._checks import check_real
 from gracekit._distributed import all_sum
 from gracekit.control import LagrangianController
 from gracekit.losses._inputs import divisor
+from gracekit.losses._rows import scaled
 from gracekit.losses._token_values import token_values
 from gracekit.losses.gated_dkd import ConfidenceGatedDKD, entropy_gate
 from gracekit.losses.linear_gated_dkd import DistillationLoss
@@ -118,11 +119,13 @@ class GraceObjective(nn.Module):
 
         Raises:
             TypeError: wrong dtype.
-            ValueError: tokens of one side only, or what the parts refuse.
+            ValueError: tokens of one side only, lengths or a mask without tokens, or what the parts refuse.
         """
         if (student_tokens is None) != (teacher_tokens is None):
             missing = "student_tokens" if student_tokens is None else "teacher_tokens"
             raise ValueError(f"student_tokens and teacher_tokens must be given together, got {missing}=None")
+        if student_tokens is None and (lengths is not None or mask is not None):
+            raise ValueError("lengths and mask describe student_tokens and teacher_tokens, got neither of these")
         multiplier = self.controller.multiplier.clone()
         config = self.distillation.config
         values = token_values(
@@ -132,7 +135,7 @@ class GraceObjective(nn.Module):
         gates = values.gate_N.sum()
         cross_entropy = values.cross_entropy_N.sum() / divisor("token_count", token_count, tokens)
         gated = (values.gate_N * values.dkd_N).sum() / divisor("gate_sum", gate_sum, gates)
-        total = cross_entropy + multiplier * gated
+        total = cross_entropy + scaled(multiplier, gated)
         distillation = DistillationLoss(total, cross_entropy.detach(), gated.detach(), gates, tokens)
         relational = None
         if student_tokens is not None:
@@ -140,25 +143,34 @@ class GraceObjective(nn.Module):
         return self._assemble(distillation, relational, multiplier)
 
     def global_counts(
-        self, teacher_logits: Tensor, labels: Tensor, lengths: Sequence[int] | None = None
+        self,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        lengths: Sequence[int] | Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        reduce: bool = True,
     ) -> dict[str, Tensor]:
         """Return what :meth:`forward` divides by, summed over all ranks with one all-reduce.
 
         Add the results of the micro-batches of an optimiser step and hand the sum to each call of :meth:`forward`: the
         totals of all micro-batches and ranks then add up to the objective of the whole batch. (DDP and FSDP average
-        gradients over ranks: multiply each total by the number of ranks.)
+        gradients over ranks: multiply each total by the number of ranks.) An image whose tokens turn out to be collapsed is in
+        the count, which is made before the student has seen it; in one big batch it would be left out.
 
         Args:
             teacher_logits: (..., V_T) of this rank and micro-batch.
             labels: (...).
-            lengths: tokens of each image; None: no images.
+            lengths: tokens of each image, packed; an empty list where this micro-batch has none.
+            mask: (B, n) bool of a padded batch of images, in place of lengths.
+            reduce: False: the counts of this rank alone, for one all-reduce of the sum of all its micro-batches.
 
         Returns:
-            ``gate_sum``, ``token_count`` and ``image_count``, 0-d tensors without gradient.
+            ``gate_sum``, ``token_count`` and, where lengths or a mask were given, ``image_count``: 0-d tensors without gradient.
 
         Raises:
             TypeError: wrong dtype.
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or lengths and a mask.
 
         Example:
             >>> objective = GraceObjective()
@@ -175,9 +187,20 @@ class GraceObjective(nn.Module):
             gates = entropy_gate(
                 teacher_logits, labels, ignore_index=config.ignore_index, vocab_size=config.vocab_size
             ).sum(dtype=torch.float64)
-        images = sum(length >= self.relational.min_tokens for length in lengths or ())
-        total = all_sum(torch.stack((gates, supervised.sum().double(), torch.full_like(gates, images))))
-        return dict(zip(("gate_sum", "token_count", "image_count"), total.float(), strict=True))
+        total = torch.stack((gates, supervised.sum().double(), self._images(lengths, mask).to(gates)))
+        if reduce:
+            total = all_sum(total)
+        counts = dict(zip(("gate_sum", "token_count", "image_count"), total.float(), strict=True))
+        if lengths is None and mask is None:
+            del counts["image_count"]  # how many images there are was not said
+        return counts
+
+    def _images(self, lengths: Sequence[int] | Tensor | None, mask: Tensor | None) -> Tensor:
+        """Images of at least min_tokens tokens."""
+        if lengths is not None and mask is not None:
+            raise ValueError("lengths and mask describe images in two ways, got both")
+        counts = torch.as_tensor([] if lengths is None else lengths) if mask is None else mask.sum(1)
+        return (counts >= self.relational.min_tokens).sum()
 
     def combine(self, distillation: DistillationLoss, relational: Tensor | None = None) -> GraceLoss:
         """Return the objective from losses computed elsewhere.

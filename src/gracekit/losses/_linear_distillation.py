@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gracekit._autograd import differentiable_once, without_autocast
 from gracekit.losses._inputs import divisor
-from gracekit.losses._rows import DKDParameters, Rows, compute_dtype
+from gracekit.losses._rows import DKDParameters, Rows, compute_dtype, scaled
 from gracekit.losses._token_values import all_backward, all_forward, gate_rows, row_blocks
 
 # Elements of one side's logits that are alive at a time, and of the student's among them. A slab is large so that the products
@@ -58,6 +58,7 @@ class LinearDistillation(torch.autograd.Function):
                     kept_NV = F.linear(teacher_ND[slab], teacher_VD)
                     gate_sum += gate_rows(kept_NV, target_N[slab], keep_N[slab], parameters, triton=triton).sum()
             tokens, gates = divisor("token_count", token_count, own_tokens), divisor("gate_sum", gate_sum, own_tokens)
+            scale = _gradient_scale(student_ND.dtype, own_tokens, tokens)
             for slab in reversed(slabs):  # the last one's teacher logits are there
                 teacher_NV = F.linear(teacher_ND[slab], teacher_VD) if kept_NV is None else kept_NV
                 kept_NV = None
@@ -67,8 +68,8 @@ class LinearDistillation(torch.autograd.Function):
                     teacher_NV,
                     target_N[slab],
                     keep_N[slab],
-                    ce_weight / tokens,
-                    dkd_weight / gates,
+                    scale * (ce_weight / tokens),
+                    scale * (dkd_weight / gates),
                     sums,
                     parameters,
                     wants_gradient=wants_hidden or wants_head,
@@ -78,24 +79,27 @@ class LinearDistillation(torch.autograd.Function):
                 if hidden_grad_ND is not None:
                     hidden_grad_ND[slab] = gradient_NV @ student_VD
                 if wants_head:
-                    head_grad_VD = _add_product(head_grad_VD, gradient_NV, student_ND[slab], alone=len(slabs) == 1)
+                    # A NaN in a row that does not count would come through a product with zeros.
+                    hidden_ND = student_ND[slab].masked_fill(~keep_N[slab][:, None], 0.0)
+                    head_grad_VD = _add_product(head_grad_VD, gradient_NV, hidden_ND, alone=len(slabs) == 1)
                 del gradient_NV
         if wants_head and head_grad_VD is None:
             head_grad_VD = torch.zeros_like(student_VD)
-        ctx.save_for_backward(student_ND, student_VD, hidden_grad_ND, head_grad_VD)
+        ctx.save_for_backward(student_ND, student_VD, scale, hidden_grad_ND, head_grad_VD)
         cross_entropy, gated = sums[0] / tokens, sums[1] / gates
         own_gates = sums[2].clone()
         ctx.mark_non_differentiable(cross_entropy, gated, own_gates, own_tokens)
-        return ce_weight * cross_entropy + dkd_weight * gated, cross_entropy, gated, own_gates, own_tokens
+        total = scaled(ce_weight, cross_entropy) + scaled(dkd_weight, gated)
+        return total, cross_entropy, gated, own_gates, own_tokens
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        student_ND, student_VD, *gradients = ctx.saved_tensors
+        student_ND, student_VD, scale, *gradients = ctx.saved_tensors
         scaled = []
         for gradient, source in zip(gradients, (student_ND, student_VD), strict=True):
             if gradient is not None:
                 with torch.no_grad():
-                    gradient = (gradient * grad).to(source.dtype)
+                    gradient = _times(gradient, grad / scale, source.dtype)
                 gradient = differentiable_once("linear_gated_dkd", gradient, source)
             scaled.append(gradient)
         return *scaled, *[None] * 10
@@ -151,14 +155,35 @@ def _slab(
 def _add_product(total_VD: Tensor | None, gradient_NV: Tensor, hidden_ND: Tensor, *, alone: bool) -> Tensor:
     """Add gradient^T hidden to the head's gradient.
 
-    Of several slabs the sum is kept in float32: added up in bfloat16, what a slab brings below 2^-9 of the sum would be lost.
+    Of several slabs the sum is kept in float32: added up in bfloat16, what a slab brings below 2^-9 of the sum would be lost. So it
+    is for float16, whose range a sum over many tokens leaves.
     """
-    if alone:
+    if alone and hidden_ND.dtype != torch.float16:
         return gradient_NV.T @ hidden_ND
     dtype = compute_dtype(hidden_ND)
     if total_VD is None:
         total_VD = torch.zeros(gradient_NV.shape[1], hidden_ND.shape[1], dtype=dtype, device=hidden_ND.device)
     if hidden_ND.is_cuda and hidden_ND.dtype != dtype:
         return torch.addmm(total_VD, gradient_NV.T, hidden_ND, out_dtype=dtype, out=total_VD)
+    if hidden_ND.dtype == torch.float16:
+        gradient_NV, hidden_ND = gradient_NV.to(dtype), hidden_ND.to(dtype)
     total_VD += gradient_NV.T @ hidden_ND
     return total_VD
+
+
+def _gradient_scale(dtype: torch.dtype, own_tokens: Tensor, tokens: Tensor | float) -> Tensor:
+    """What gradients are multiplied by on their way to the backward pass: 1; in float16, where 1 / tokens is small, near tokens.
+
+    A power of two, so that nothing is rounded.
+    """
+    if dtype != torch.float16:
+        return torch.ones_like(own_tokens)
+    return torch.exp2(torch.log2((0.0 * own_tokens + tokens).clamp_min(1.0)).floor())
+
+
+def _times(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient * factor, rounded once: as a 0-d tensor the factor would take the gradient's dtype, and its range, first."""
+    if factor.is_meta or torch.compiler.is_compiling():
+        return (gradient * factor.reshape(1)).to(dtype)
+    product = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, factor.reshape(1), out=product)

@@ -162,7 +162,7 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
         (rest_teacher_NK - teacher_peak_N1) / temperature - teacher_lse_N1,
         (rest_student_NK - student_peak_N1) / temperature - student_lse_N1,
     )
-    dkd_N1 = temperature**2 * (_scaled(alpha, tckd_N1) + _scaled(beta, nckd_N1))
+    dkd_N1 = temperature**2 * (scaled(alpha, tckd_N1) + scaled(beta, nckd_N1))
     gate_N = entropy_gate_rows(teacher_NK) if gated else torch.ones_like(tckd_N1[:, 0])
 
     def kept(values_N: Tensor) -> Tensor:
@@ -182,8 +182,10 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
     return values, statistics
 
 
-def _scaled(weight: float, term: Tensor) -> Tensor:
+def scaled(weight: Tensor | float, term: Tensor) -> Tensor:
     """weight * term, with 0 * inf = 0: a part that is switched off never spoils the other."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, weight * term)
     return weight * term if weight else torch.zeros_like(term)
 
 

@@ -348,6 +348,7 @@ def backward(
     temperature, alpha, beta, _, classes = parameters
     student_NV, teacher_NV = _usable(student_NV), _usable(teacher_NV)
     count, width = student_NV.shape
+    assert out_NV.stride(1) == 1
     if count:
         gradient_kernel[(count, triton.cdiv(width, _GRADIENT_BLOCK))](
             student_NV, teacher_NV, target_N, keep_N, torch.stack(statistics), ce_grad_N.contiguous(),

@@ -21,8 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gracekit._checks import check_choice, check_floating, check_integral, check_same_device
-from gracekit.losses._inputs import DKDConfig, check_aligned, check_backend, compared_classes, divisor, use_triton
+from gracekit._checks import check_choice, check_floating, check_int, check_integral, check_same_device
+from gracekit.losses._inputs import (
+    DKDConfig,
+    check_aligned,
+    check_backend,
+    compared_classes,
+    divisor,
+    supervised_targets,
+    use_triton,
+)
 from gracekit.losses._token_values import flat_rows, gate_rows, token_values
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -42,13 +50,15 @@ def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
     Raises:
         TypeError: ``labels`` is no integer tensor.
-        ValueError: ``labels`` has no dimension.
+        ValueError: ``labels`` has no dimension, or its dtype cannot hold ``ignore_index``.
 
     Example:
         >>> shift_labels(torch.tensor([[5, 6, 7]]))
         tensor([[   6,    7, -100]])
     """
     check_integral("labels", labels)
+    numbers = torch.iinfo(labels.dtype)
+    check_int("ignore_index", ignore_index, low=numbers.min, high=numbers.max)
     if labels.ndim == 0:
         raise ValueError("labels must have shape (..., S), got ()")
     return F.pad(labels[..., 1:], (0, 1 if labels.shape[-1] else 0), value=ignore_index)
@@ -73,7 +83,7 @@ def entropy_gate(
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: shapes that do not fit, fewer than two classes.
+        ValueError: shapes that do not fit, fewer than two classes, a label out of range.
 
     Example:
         >>> entropy_gate(torch.zeros(2, 8), torch.tensor([3, -100])).numpy().round(4)
@@ -85,8 +95,7 @@ def entropy_gate(
     classes = compared_classes(teacher_logits=teacher_logits, vocab_size=vocab_size)
     check_aligned("teacher_logits", teacher_logits, labels)
     with torch.no_grad():
-        keep_N = labels.reshape(-1) != ignore_index
-        target_N = torch.where(keep_N, labels.reshape(-1), 0).long()
+        keep_N, target_N = supervised_targets(labels, ignore_index, classes)
         rows_NV = flat_rows(teacher_logits)
         parameters = DKDConfig(vocab_size=vocab_size).for_classes(classes)
         triton = use_triton("auto", rows_NV)

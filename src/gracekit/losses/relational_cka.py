@@ -16,7 +16,7 @@ diagonal; it depends on centred features alone too, so both forms serve it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ def cka(x: Tensor, y: Tensor, *, estimator: str = "biased", normalize: bool = Tr
         1.0
     """
     check_choice("estimator", estimator, ESTIMATORS)
+    check_choice("normalize", normalize, (True, False))
     _check_pair("x", x, "y", y)
     check_rank("x", x, (2,), "(n, dx)")
     check_rank("y", y, (2,), "(n, dy)")
@@ -104,7 +105,8 @@ class RelationalCKA(nn.Module):
         super().__init__()
         check_choice("estimator", estimator, ESTIMATORS)
         self.estimator = estimator
-        self.normalize = bool(normalize)
+        check_choice("normalize", normalize, (True, False))
+        self.normalize = normalize
         self.min_tokens = check_int("min_tokens", min_tokens, low=_least_tokens(estimator))
 
     def forward(
@@ -120,7 +122,7 @@ class RelationalCKA(nn.Module):
         Args:
             student_tokens: (n, d_S) one image; (B, n, d_S) a batch; or (sum of lengths, d_S) packed images.
             teacher_tokens: the same with d_T; no gradient reaches it.
-            lengths: tokens of each packed image: a list, or a CPU tensor (one on CUDA costs a sync).
+            lengths: tokens of each packed image: a list, or a CPU tensor (one on CUDA costs a sync; under torch.compile, a list).
             mask: (B, n) bool, True at the tokens of a padded batch that count.
             image_count: images of the whole global batch that count, where this call sees a part of them: the sum of
                 1 - CKA is divided by it instead of by the images that count here.
@@ -194,8 +196,8 @@ def _as_batch(student: Tensor, teacher: Tensor, lengths: Sequence[int] | Tensor 
             )
         return _unpack(student, teacher, _checked_lengths(lengths, len(student)))
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if student.ndim != 3 or mask.shape != student.shape[:2]:
             raise ValueError(f"mask must have shape (B, n), got {tuple(mask.shape)} and tokens {tuple(student.shape)}")
         check_same_device(student_tokens=student, mask=mask)
@@ -209,6 +211,8 @@ def _checked_lengths(lengths: Sequence[int] | Tensor, tokens: int) -> list[int]:
     if isinstance(lengths, Tensor):
         check_rank("lengths", lengths, (1,), "(B,)")
         lengths = lengths.tolist()
+    if not isinstance(lengths, Iterable):
+        raise TypeError(f"lengths must be a sequence of integers or a tensor, got {type(lengths).__name__}")
     counts = [check_int(f"lengths[{index}]", length, low=0) for index, length in enumerate(lengths)]
     if sum(counts) != tokens:
         raise ValueError(f"lengths must sum to the number of tokens, got {sum(counts)} and {tokens} tokens")
