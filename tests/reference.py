@@ -90,31 +90,35 @@ def paper_gated_dkd(
 
     The baseline of the benchmarks. Every token is supervised.
     """
-    student, teacher = student.float(), teacher.float()
     target = labels[:, None]
-    log_s, log_t = (torch.log_softmax(side / temperature, 1) for side in (student, teacher))
-    yes_s, yes_t = log_s.gather(1, target).exp(), log_t.gather(1, target).exp()
+
+    def yes_and_rest(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = logits / temperature
+        yes = torch.log_softmax(scaled, 1).gather(1, target).exp()
+        return yes, torch.log_softmax(scaled.scatter(1, target, -1e4), 1)
+
+    with torch.no_grad():
+        log_p = torch.log_softmax(teacher.float(), 1)
+        entropy = -(log_p.exp() * log_p).sum(1)
+        gates = torch.exp(-entropy / torch.tensor(float(teacher.shape[1])).log())
+        del log_p
+        yes_t, log_rest_t = yes_and_rest(teacher.float())
+    yes_s, log_rest_s = yes_and_rest(student.float())
     tckd = yes_t * (yes_t / yes_s).log() + (1 - yes_t) * ((1 - yes_t) / (1 - yes_s).clamp_min(1e-8)).log()
-    rest_s, rest_t = (
-        side / temperature - 1e4 * torch.zeros_like(side).scatter(1, target, 1.0) for side in (student, teacher)
-    )
-    log_rest_s, log_rest_t = torch.log_softmax(rest_s, 1), torch.log_softmax(rest_t, 1)
     nckd = (log_rest_t.exp() * (log_rest_t - log_rest_s)).sum(1)
-    log_p = torch.log_softmax(teacher, 1)
-    entropy = -(log_p.exp() * log_p).sum(1)
-    gates = torch.exp(-entropy / torch.tensor(float(teacher.shape[1])).log()).detach()
     losses = temperature**2 * (tckd[:, 0] + beta * nckd)
     return (gates * losses).sum() / gates.sum()
 
 
 def paper_relational(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """Mean of 1 - CKA as the paper writes it: one image after the other, float32, centring matrix and traces."""
+    """Mean of 1 - CKA as the paper writes it: one image after the other, float32, centred Gram matrices and their traces."""
     losses = []
     for x, y in zip(student, teacher, strict=True):
         x, y = torch.nn.functional.normalize(x.float(), dim=1), torch.nn.functional.normalize(y.float(), dim=1)
-        n = len(x)
-        h = torch.eye(n, device=x.device) - torch.ones(n, n, device=x.device) / n
-        k, other = h @ (x @ x.T) @ h, h @ (y @ y.T) @ h
+        # H K H by means of rows and columns: a product with the dense H would time something nobody runs.
+        k, other = (
+            gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean() for gram in (x @ x.T, y @ y.T)
+        )
         similarity = (k * other).sum() / ((k * k).sum() * (other * other).sum()).sqrt().clamp_min(1e-8)
         losses.append(1 - similarity)
     return torch.stack(losses).mean()

@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Logit of a masked class within the formula; what is further below any real logit is as masked.
+_MASKED = -1e30
+
 
 class DKDParameters(NamedTuple):
     """What the value of a row depends on besides its logits."""
@@ -77,24 +80,29 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _without_target(logits_NV: Tensor, target_N1: Tensor) -> Tensor:
-    return logits_NV.scatter(1, target_N1, -math.inf)
+class _Rest(NamedTuple):
+    """The classes other than the target: logits relative to their peak over T, exponentials, and what these add up to."""
+
+    peak_N1: Tensor
+    shifted_NK: Tensor  # about _MASKED / T where masked, and at the target
+    weight_NK: Tensor
+    total_N1: Tensor
+    lse_N1: Tensor  # 0 where all are masked
+    log_odds_N1: Tensor  # of the target; +inf where all others are masked
 
 
-def _peak(rest_NV: Tensor) -> Tensor:
-    peak_N1 = rest_NV.amax(1, keepdim=True)
-    return torch.where(peak_N1 == -math.inf, 0.0, peak_N1)
-
-
-def _log_odds(
-    logits_NV: Tensor, rest_NV: Tensor, peak_N1: Tensor, target_N1: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of the rest relative to its peak (0 where all of it is masked) and log-odds of the target."""
-    total_N1 = ((rest_NV - peak_N1) / temperature).exp_().sum(1, keepdim=True)
-    no_rest_N1 = total_N1 == 0
+def _rest(logits_NK: Tensor, target_N1: Tensor, temperature: float) -> _Rest:
+    # A finite number for masked classes: differences and products of them stay numbers, where infinities would make NaN.
+    rest_NK = logits_NK.clamp_min(_MASKED).scatter_(1, target_N1, _MASKED)
+    peak_N1 = rest_NK.amax(1, keepdim=True)
+    no_rest_N1 = peak_N1 == _MASKED
+    peak_N1 = torch.where(no_rest_N1, 0.0, peak_N1)
+    shifted_NK = rest_NK.sub_(peak_N1).mul_(1.0 / temperature)
+    weight_NK = shifted_NK.exp()
+    total_N1 = weight_NK.sum(1, keepdim=True)
     lse_N1 = torch.where(no_rest_N1, 0.0, total_N1.log())
-    log_odds_N1 = (logits_NV.gather(1, target_N1) - peak_N1) / temperature - lse_N1
-    return lse_N1, torch.where(no_rest_N1, math.inf, log_odds_N1)
+    log_odds_N1 = (logits_NK.gather(1, target_N1) - peak_N1) / temperature - lse_N1
+    return _Rest(peak_N1, shifted_NK, weight_NK, total_N1, lse_N1, torch.where(no_rest_N1, math.inf, log_odds_N1))
 
 
 def _binary_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
@@ -113,12 +121,15 @@ def _sigmoid_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a == b, 0.0, torch.where(a > b, size, -size))
 
 
-def _rest_kl(teacher_NK: Tensor, student_NK: Tensor) -> Tensor:
-    """KL between log-probabilities; +inf for a class that the teacher gives weight and the student masks."""
-    terms_NK = teacher_NK.exp() * (teacher_NK - student_NK)
-    terms_NK = torch.where(teacher_NK == -math.inf, 0.0, terms_NK)
-    masked_NK = (student_NK == -math.inf) & (teacher_NK != -math.inf)
-    return torch.where(masked_NK, math.inf, terms_NK).sum(1, keepdim=True).clamp_min(0.0)
+def _rest_kl(teacher: _Rest, student: _Rest, temperature: float) -> Tensor:
+    """KL over the classes but the target; +inf where the teacher gives one weight and the student masks it."""
+    gap_NK = teacher.shifted_NK - student.shifted_NK
+    masked_N1 = gap_NK.amax(1, keepdim=True) > -1e-8 * _MASKED / temperature
+    # Taken from every difference, not from their sum: of nearly equal sides little is left.
+    gap_NK.sub_(teacher.lse_N1 - student.lse_N1)
+    kl_N1 = gap_NK.mul_(teacher.weight_NK).sum(1, keepdim=True) / teacher.total_N1
+    kl_N1 = torch.where(teacher.log_odds_N1 == math.inf, 0.0, kl_N1.clamp_min(0.0))
+    return torch.where(masked_N1, math.inf, kl_N1)
 
 
 def entropy_gate_rows(logits_NK: Tensor) -> Tensor:
@@ -140,41 +151,29 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
     target_N1 = target_N[:, None]
 
     full_NV = student_NV.to(dtype)
-    rest_NV = _without_target(full_NV, target_N1)
-    if with_cross_entropy:
-        ce_peak_N1 = _peak(rest_NV)
-        ce_lse_N1, ce_odds_N1 = _log_odds(full_NV, rest_NV, ce_peak_N1, target_N1, 1.0)
-        cross_entropy_N1 = -F.logsigmoid(ce_odds_N1)
-    else:
-        cross_entropy_N1 = ce_peak_N1 = ce_lse_N1 = ce_odds_N1 = full_NV.new_zeros(len(full_NV), 1)
-
-    student_NK, rest_student_NK = full_NV[:, :classes], rest_NV[:, :classes]
-    student_peak_N1 = _peak(rest_student_NK)
-    student_lse_N1, student_odds_N1 = _log_odds(student_NK, rest_student_NK, student_peak_N1, target_N1, temperature)
-
+    student = _rest(full_NV[:, :classes], target_N1, temperature)
     teacher_NK = teacher_NV[:, :classes].to(dtype)
-    rest_teacher_NK = _without_target(teacher_NK, target_N1)
-    teacher_peak_N1 = _peak(rest_teacher_NK)
-    teacher_lse_N1, teacher_odds_N1 = _log_odds(teacher_NK, rest_teacher_NK, teacher_peak_N1, target_N1, temperature)
-
-    tckd_N1 = _binary_kl(teacher_odds_N1, student_odds_N1)
-    nckd_N1 = _rest_kl(
-        (rest_teacher_NK - teacher_peak_N1) / temperature - teacher_lse_N1,
-        (rest_student_NK - student_peak_N1) / temperature - student_lse_N1,
-    )
+    teacher = _rest(teacher_NK, target_N1, temperature)
+    tckd_N1 = _binary_kl(teacher.log_odds_N1, student.log_odds_N1)
+    nckd_N1 = _rest_kl(teacher, student, temperature)
     dkd_N1 = temperature**2 * (scaled(alpha, tckd_N1) + scaled(beta, nckd_N1))
     gate_N = entropy_gate_rows(teacher_NK) if gated else torch.ones_like(tckd_N1[:, 0])
+    zeros_N1 = torch.zeros_like(tckd_N1)
+    ce_peak_N1, ce_lse_N1, ce_odds_N1 = zeros_N1, zeros_N1, zeros_N1
+    if with_cross_entropy:
+        ce_peak_N1, _, _, _, ce_lse_N1, ce_odds_N1 = _rest(full_NV, target_N1, 1.0)
+    cross_entropy_N1 = -F.logsigmoid(ce_odds_N1) if with_cross_entropy else zeros_N1
 
     def kept(values_N: Tensor) -> Tensor:
         return torch.where(keep_N, values_N, 0.0)
 
     values = RowValues(kept(cross_entropy_N1[:, 0]), kept(dkd_N1[:, 0]), kept(gate_N))
     statistics = RowStatistics(
-        student_peak_N1[:, 0],
-        student_lse_N1[:, 0],
-        teacher_peak_N1[:, 0],
-        torch.where(teacher_odds_N1 == math.inf, math.inf, teacher_lse_N1)[:, 0],  # no rest, no NCKD
-        _sigmoid_difference(student_odds_N1, teacher_odds_N1)[:, 0],
+        student.peak_N1[:, 0],
+        student.lse_N1[:, 0],
+        teacher.peak_N1[:, 0],
+        torch.where(teacher.log_odds_N1 == math.inf, math.inf, teacher.lse_N1)[:, 0],  # no rest, no NCKD
+        _sigmoid_difference(student.log_odds_N1, teacher.log_odds_N1)[:, 0],
         ce_peak_N1[:, 0],
         ce_lse_N1[:, 0],
         ce_odds_N1[:, 0],
@@ -207,20 +206,25 @@ def backward_rows(
     gap_N1 = columns.target_gap_N
     beta_N1 = torch.where(columns.teacher_lse_N == math.inf, 0.0, beta)
 
-    rest_NV = _without_target(student_NV.to(dtype), target_N1)
-    student_hat_NK = (
-        (rest_NV[:, :classes] - columns.student_peak_N).div_(temperature).sub_(columns.student_lse_N).exp_()
-    )
-    rest_teacher_NK = _without_target(teacher_NV[:, :classes].to(dtype), target_N1)
-    teacher_hat_NK = (rest_teacher_NK - columns.teacher_peak_N).div_(temperature).sub_(columns.teacher_lse_N).exp_()
+    # What these hold at the target is overwritten at the end.
+    hat_NK = _hat(student_NV[:, :classes].to(dtype), columns.student_peak_N, columns.student_lse_N, temperature)
+    teacher_hat_NK = _hat(teacher_NV[:, :classes].to(dtype), columns.teacher_peak_N, columns.teacher_lse_N, temperature)
     scale_N1 = temperature * dkd_grad_N[:, None]
-    dkd_NK = (scale_N1 * (beta_N1 - alpha * gap_N1)) * student_hat_NK - (scale_N1 * beta_N1) * teacher_hat_NK
-    dkd_NK = dkd_NK.scatter(1, target_N1, scale_N1 * alpha * gap_N1)
+    dkd_NK = hat_NK.mul_(scale_N1 * (beta_N1 - alpha * gap_N1)).addcmul_(teacher_hat_NK, -scale_N1 * beta_N1)
+    dkd_NK.scatter_(1, target_N1, scale_N1 * alpha * gap_N1)
     if with_cross_entropy:
         log_rest_N1 = columns.ce_lse_N - F.logsigmoid(-columns.ce_log_odds_N)
-        gradient_NV = ce_grad_N[:, None] * (rest_NV - columns.ce_peak_N).sub_(log_rest_N1).exp_()
-        gradient_NV = gradient_NV.scatter(1, target_N1, -ce_grad_N[:, None] * (-columns.ce_log_odds_N).sigmoid())
+        gradient_NV = _hat(student_NV.to(dtype), columns.ce_peak_N, log_rest_N1, 1.0).mul_(ce_grad_N[:, None])
+        gradient_NV.scatter_(1, target_N1, -ce_grad_N[:, None] * (-columns.ce_log_odds_N).sigmoid())
         gradient_NV[:, :classes] += dkd_NK
-    else:
+    elif classes < student_NV.shape[1]:
         gradient_NV = F.pad(dkd_NK, (0, student_NV.shape[1] - classes))
-    return torch.where(keep_N[:, None], gradient_NV, 0.0)
+    else:
+        gradient_NV = dkd_NK
+    return gradient_NV.masked_fill_(~keep_N[:, None], 0.0)
+
+
+def _hat(logits_NK: Tensor, peak_N1: Tensor, lse_N1: Tensor, temperature: float) -> Tensor:
+    """exp((logits - peak) / T - lse), a new tensor."""
+    shifted_NK = logits_NK - peak_N1
+    return torch.addcmul(-lse_N1, shifted_NK, torch.full_like(lse_N1, 1.0 / temperature)).exp_()
