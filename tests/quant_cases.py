@@ -88,5 +88,5 @@ def trained_values(model):
         values = layer.weight_fake_quantizer(layer.weight)
     config = layer.weight_fake_quantizer.config
     smallest = 2.0**-24 if config.scale_dtype == torch.float16 else 2.0**-126
-    scale = layer.weight_fake_quantizer.log_scale.detach().exp().clamp_min(smallest)
+    scale = layer.weight_fake_quantizer.log_scale.detach().double().exp().clamp_min(smallest)
     return values, scale.to(config.scale_dtype).double()

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gracekit.quant import LSQConfig, convert, export_compressed_tensors, prepare_qat
 from gracekit.quant.formats.compressed_tensors import pack_compressed
 from gracekit.quant.int4 import read_weight
 
-helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+pytest.importorskip("compressed_tensors")
+from compressed_tensors.compressors.pack_quantized import helpers
 
 
 def tiny_llama(dtype, *, tied):
@@ -37,6 +39,20 @@ def test_transformers_loads_an_export_with_the_trained_logits(tmp_path, dtype, t
     assert loaded.dtype == dtype
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, trained)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_transformers_loads_an_exported_vision_language_model(tmp_path, name):
+    model = FAMILIES[name].build(seed=1)
+    batch = FAMILIES[name].batch(["ttIt", "tttt"])
+    prepare_qat(model, LSQConfig(group_size=32))
+    with torch.no_grad():
+        trained = model(**batch).logits
+    export_compressed_tensors(model, tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, trained)
 
 
 def test_packed_words_are_those_of_compressed_tensors():

@@ -32,13 +32,25 @@ class Mixture(nn.Module):
 def test_a_mixture_of_experts_is_warned_of_with_its_reason():
     model = Mixture()
     with pytest.warns(
-        UserWarning, match=r"only 11.1% .* left out: 2, the largest .*weight_of_experts.* three dimensions \(experts"
+        UserWarning, match=r"only 11.1% .* left out: 4, the largest .*weight_of_experts.* three dimensions \(experts"
     ):
         prepare_qat(model, SMALL)
     report = coverage(model)
     assert report.experts == ("layers.0.weight_of_experts", "layers.1.weight_of_experts")
     matrices = 2 * 32 * 32
     assert report.share == pytest.approx(matrices / (matrices + 2 * 32 + 2 * 4 * 32 * 64))
+
+
+def test_a_convolution_is_no_stack_of_experts_and_an_adapter_counts_on_neither_side():
+    model = tiny_llava(layers=1)
+    prepare_qat(model, SMALL)
+    plain = coverage(model)
+    attention = model.get_decoder().layers[0].self_attn
+    attention.lora_A = nn.Linear(32, 64)
+    assert coverage(model) == plain
+    attention.short = nn.Conv1d(2, 2, 3)
+    assert coverage(model).experts == ()
+    assert len(coverage(model).left_out) == len(plain.left_out) + 2
 
 
 def test_a_chosen_selection_is_not_warned_of():
@@ -55,7 +67,8 @@ def test_dense_decoders_are_covered_and_stay_so_when_converted(make):
     report = coverage(model)
     assert list(report.quantized) == [f"{name}.weight" for name in names]
     assert report.share > 0.95
-    assert report.left_out == {}
+    assert report.left_out
+    assert all(name.endswith(("layernorm.weight", "bias")) for name in report.left_out)
     assert coverage(convert(model, "portable")) == report
 
 

@@ -1,10 +1,15 @@
 import json
+import pathlib
+import tempfile
 
 import pytest
 import reference_quant as reference
 import torch
-from quant_cases import prepared, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quant_cases import dtypes, kinds, prepared, weights
 from safetensors.torch import load_file, safe_open
+from strategies import generator, normal, seeds
 from torch import nn
 
 from gracekit.quant import (
@@ -257,3 +262,77 @@ def test_a_sidecar_goes_onto_plain_layers_only(tmp_path):
     quantize_rtn(model, LSQConfig(group_size=32), target="reference")
     with pytest.raises(ValueError, match=r"quantised already, got Linear with IntxUnpackedToInt8Tensor \(0\)"):
         import_grace_sidecar(model, tmp_path / "grace.pt")
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+def test_a_layer_in_two_places_is_packed_under_both_names(tmp_path, export):
+    layer = nn.Linear(64, 16)
+    model = nn.ModuleDict({"x": nn.Sequential(layer), "y": nn.Sequential(layer)})
+    prepare_qat(model, LSQConfig(group_size=32))
+    export(model, tmp_path)
+    tensors, _ = loaded(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        aliases = file.metadata()
+    names = {*tensors, *aliases} - {"format"}
+    assert not any(name.endswith(("0.weight", "log_scale")) for name in names)
+    parts = {name.removeprefix("x.0.") for name in names if name.startswith("x.0.")}
+    assert parts == {name.removeprefix("y.0.") for name in names if name.startswith("y.0.")}
+    assert len(parts) >= 3
+
+
+@pytest.mark.parametrize(
+    ("weight", "log_scale", "match"),
+    [
+        (normal(1, 4, 8), torch.zeros(8), r"must be whole multiples of its scales, got .* times one \(0\)"),
+        (torch.zeros(4, 8), torch.full((8,), -200.0), r"log_scale must be logarithms of float32 scales, got -200"),
+        (torch.ones(4, 8), torch.full((8,), 100.0), r"log_scale must be logarithms of float32 scales, got 100"),
+    ],
+)
+def test_a_sidecar_that_is_not_fake_quantised_is_refused(tmp_path, weight, log_scale, match):
+    torch.save({"0.weight": weight, "0.log_scale": log_scale}, tmp_path / "side.pt")
+    model = nn.Sequential(nn.Linear(8, 4))
+    with pytest.raises(ValueError, match=match):
+        import_grace_sidecar(model, tmp_path / "side.pt")
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("content", [b"", b"not a torch file", b"PK\x03\x04 a truncated archive"])
+def test_a_file_that_torch_cannot_read_is_no_sidecar(tmp_path, content):
+    (tmp_path / "side.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="path must be a torch file of tensors alone"):
+        import_grace_sidecar(nn.Sequential(nn.Linear(8, 4)), tmp_path / "side.pt")
+
+
+@settings(max_examples=25)
+@given(seeds, kinds, dtypes, st.sampled_from(EXPORTS), st.booleans())
+def test_an_export_holds_codes_and_scales_of_any_weight_or_names_the_layer(seed, kind, dtype, export, shift):
+    model = prepared(weights(kind, seed, 16, 64, dtype, 32), shift=seed if shift else None)
+    held = read_weight(model["layer"])
+    written = torch.float16 if export is export_awq else dtype
+    with tempfile.TemporaryDirectory() as folder:
+        if not torch.equal(held.scale.to(written).double(), held.scale.double()):
+            with pytest.raises(ValueError, match=r"holds exactly, .*\(layer\)$"):
+                export(model, folder)
+            return
+        export(model, folder)
+        tensors, _ = loaded(pathlib.Path(folder))
+    if export is export_awq:
+        codes, scale = reference.unpack_awq(tensors["layer.qweight"]).t() - 8, tensors["layer.scales"].t()
+    else:
+        codes, scale = reference.unpack_int32(tensors["layer.weight_packed"], 4, 64), tensors["layer.weight_scale"]
+    assert torch.equal(codes.long(), held.codes.long())
+    assert torch.equal(scale.double(), held.scale.double())
+
+
+@settings(max_examples=20)
+@given(seeds, st.sampled_from([torch.bfloat16, torch.float32]), st.integers(2, 8))
+def test_a_sidecar_gives_back_any_codes_that_its_bits_hold(seed, dtype, bits):
+    """What an author's training saves: codes times unrounded scales, in the model's dtype."""
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (8, 48), generator=generator(seed))
+    log_scale = normal(seed + 1, 8 * 3, dtype=torch.float32, scale=0.5) - 4
+    weight = (codes.unflatten(1, (3, 16)) * log_scale.exp().view(8, 3, 1)).flatten(1).to(dtype)
+    model = nn.Sequential(nn.Linear(48, 8, dtype=dtype))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"0.weight": weight, "0.log_scale": log_scale}, f"{folder}/side.pt")
+        import_grace_sidecar(model, f"{folder}/side.pt", bits=bits)
+    assert torch.equal(read_weight(model[0]).codes.long(), codes)

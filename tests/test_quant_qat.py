@@ -6,11 +6,21 @@ from quant_cases import SMALL, Pair
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchao.quantization import quantize_
-from torchao.quantization.qat import FakeQuantizedLinear
+from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+from torchao.quantization.qat import FakeQuantizedLinear, QATConfig
 from torchao.quantization.qat.linear import disable_linear_fake_quant, enable_linear_fake_quant
 
-from gracekit.quant import LSQConfig, lsq_fake_quantize, prepare_qat, qat_parameter_groups, quantize_rtn
+from gracekit.quant import (
+    LSQConfig,
+    convert,
+    export_awq,
+    export_compressed_tensors,
+    lsq_fake_quantize,
+    prepare_qat,
+    qat_parameter_groups,
+    quantize_rtn,
+    save_qat,
+)
 
 
 class Headed(nn.Module):
@@ -28,7 +38,7 @@ def test_a_model_with_a_decoder_gets_the_linears_of_its_blocks():
     names = prepare_qat(model, SMALL)
     assert names == [f"decoder.layers.{block}.{index}" for block in range(2) for index in range(2)]
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert {name for name, kind in kinds.items() if kind is FakeQuantizedLinear} == set(names)
+    assert {name for name, kind in kinds.items() if issubclass(kind, FakeQuantizedLinear)} == set(names)
 
 
 def test_any_other_model_gets_every_linear_but_its_head():
@@ -224,7 +234,7 @@ def half_fitting():
         (lambda: nn.Sequential(nn.Linear(32, 32, device="meta")), r"meta device \(0\)"),
         (shared, "one shared by 0.weight and 1.weight"),
         (infinite, r"finite, got NaN or infinity \(0\)"),
-        (twice, r"quantised already, got FakeQuantizedLinear .*\(0\)"),
+        (twice, r"quantised already, got LSQLinear .*\(0\)"),
         (
             lambda: quantize_rtn(nn.Sequential(nn.Linear(32, 32)), SMALL, target="reference"),
             r"IntxUnpackedToInt8Tensor \(0\)",
@@ -250,3 +260,25 @@ def test_a_filter_that_takes_nothing_is_refused():
 def test_a_configuration_of_another_kind_is_refused(act):
     with pytest.raises(TypeError, match="config must be an LSQConfig, got int"):
         act(Pair(), 4)
+
+
+@pytest.mark.parametrize("base", [None, IntxWeightOnlyConfig(torch.int4, PerGroup(16))])
+def test_torchaos_convert_step_is_refused_instead_of_dropping_the_scales(base):
+    model = nn.Sequential(nn.Linear(32, 32))
+    quantize_(model, SMALL)
+    with pytest.raises(ValueError, match=r"converted by gracekit.quant.convert\(model, target\)"):
+        quantize_(model, QATConfig(base, step="convert"))
+
+
+def test_weights_tied_after_preparation_are_refused_by_whatever_would_untie_them(tmp_path):
+    model = nn.ModuleDict({"embedding": nn.Embedding(32, 32), "head": nn.Linear(32, 32, bias=False)})
+    quantize_(model, SMALL, lambda module, name: name == "head")
+    model["embedding"].weight = model["head"].weight
+    for act in (
+        lambda: convert(model, "reference"),
+        lambda: export_awq(model, tmp_path / "a"),
+        lambda: export_compressed_tensors(model, tmp_path / "b"),
+        lambda: save_qat(model, tmp_path / "c"),
+    ):
+        with pytest.raises(ValueError, match=r"one layer alone, got one shared by embedding.weight and head.weight"):
+            act()

@@ -56,7 +56,10 @@ def test_every_family_is_described_from_its_configuration_alone(name, tmp_path):
     assert report.lines["tapped layer"].startswith("2 ")
     assert bool(report.problems) == (name == "qwen3_vl_moe")
     if report.problems:
-        assert "no nn.Linear and would stay in BF16, above all 0.mlp.experts" in report.problems[0]
+        assert (
+            "no nn.Linear and would stay in BF16, above all model.language_model.layers.0.mlp.experts"
+            in report.problems[0]
+        )
 
 
 def test_the_model_is_built_without_memory(tmp_path):
@@ -156,3 +159,12 @@ def test_the_command_prints_the_report_or_one_line(tmp_path, capsys):
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "llama", "architectures": ["Nobody"]}')
     assert main(["inspect", str(tmp_path / "odd")]) == 2
     assert "architectures=['Nobody']" in capsys.readouterr().err
+
+
+def test_a_model_that_is_quantised_already_is_a_problem(tmp_path):
+    tiny_models.tiny_llava(layers=1).save_pretrained(tmp_path / "plain")
+    output = tmp_path / "int4"
+    command = ["quantize", str(tmp_path / "plain"), "--format", "compressed-tensors", "--group-size", "32"]
+    assert main([*command, "--output", str(output)]) == 0
+    problems = inspect_model(output).problems
+    assert any("is quantised already (compressed-tensors)" in problem for problem in problems)

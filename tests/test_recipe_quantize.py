@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import reference_quant as reference
 import torch
 from safetensors import safe_open
 from tiny_models import llava_batch, tiny_llava
@@ -129,3 +130,62 @@ def test_a_run_is_exported_by_its_own_folder_unless_it_holds_several_models(run,
     assert "ce-int4-qat" in message
     assert main(["export", str(tmp_path / "a"), *output, str(tmp_path / "c")]) == 2
     assert "got none in" in capsys.readouterr().err
+
+
+def unpacked(folder, form, name):
+    """Codes (out, in) and scales (out, groups) of a layer as written, read without the package."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        held = {key: file.get_tensor(key) for key in file.keys() if key.startswith(name + ".")}  # noqa: SIM118
+    if form == "awq":
+        return reference.unpack_awq(held[f"{name}.qweight"]).t() - 8, held[f"{name}.scales"].t()
+    columns = int(held[f"{name}.weight_shape"][1])
+    return reference.unpack_int32(held[f"{name}.weight_packed"], 4, columns), held[f"{name}.weight_scale"]
+
+
+@pytest.mark.parametrize("form", ["awq", "compressed-tensors", "torchao", "torchao-reference"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1.0, 1e-7])
+def test_scales_are_written_as_they_were_trained_or_refused(tmp_path, form, dtype, scale_dtype, size, capsys):
+    """Small weights have scales below float16's numbers; float32 ones have no place in half of the dtypes."""
+    model = tiny_llava(seed=1, layers=1)
+    name = "model.language_model.layers.0.mlp.down_proj"
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(size)
+    prepare_qat(model, LSQConfig(group_size=32, scale_dtype=scale_dtype))
+    save_qat(model, tmp_path / "run")
+    trained = read_weight(model.get_submodule(name))
+    options = [] if dtype is None else ["--dtype", dtype]
+    code = main(["export", str(tmp_path / "run"), "--format", form, "--output", str(tmp_path / "out"), *options])
+    if code:
+        assert "holds exactly" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        written = {"awq": torch.float16}.get(form, getattr(torch, dtype or "float32"))
+        every = [read_weight(m).scale for _, m in model.named_modules() if hasattr(m, "weight_fake_quantizer")]
+        assert any(bool((scale.to(written).double() != scale.double()).any()) for scale in every)
+        return
+    if form.startswith("torchao"):
+        loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto")
+        held = read_weight(loaded.get_submodule(name))
+        codes, scale = held.codes, held.scale
+    else:
+        codes, scale = unpacked(tmp_path / "out", form, name)
+    assert torch.equal(codes.long(), trained.codes.long())
+    assert torch.equal(scale.double(), trained.scale.double())
+
+
+def test_rounded_awq_scales_are_those_the_codes_were_made_for(folder, tmp_path):
+    command = ["quantize", str(folder), "--format", "awq", "--group-size", "32", "--dtype", "bfloat16"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    codes, scale = unpacked(tmp_path / "out", "awq", name)
+    weight = LlavaForConditionalGeneration.from_pretrained(folder).get_submodule(name).weight.detach()
+    peak = weight.unflatten(1, (-1, 32)).abs().amax(-1)
+    assert torch.equal(scale, (peak / 7).half())
+    expected = (weight.unflatten(1, (-1, 32)) / scale.float()[..., None]).round().clamp(-8, 7)
+    assert torch.equal(codes.long(), expected.flatten(1).long())
+
+
+def test_without_an_output_the_folder_is_named_after_the_format(folder):
+    assert main(["quantize", str(folder), "--format", "awq", "--group-size", "32"]) == 0
+    assert (folder.parent / "model-awq" / "config.json").is_file()

@@ -54,10 +54,13 @@ def wide(codes, scale):
 
 
 def assert_within_the_bound(y, x, weight):
-    """The bound that convert states, of a product of exact values: no reference rounds beside it."""
+    """The bound that convert states for a kernel that multiplies by q * s as it is."""
     x, weight, eps = x.cpu().double(), weight.cpu().double(), torch.finfo(y.dtype).eps
-    error = (y.cpu().double() - x @ weight.t()).abs()
-    assert bool((error <= 4 * eps * (x.abs() @ weight.abs().t())).all())
+    exact, sizes = x @ weight.t(), x.abs() @ weight.abs().t()
+    # The interpreter cuts bfloat16 off instead of rounding it.
+    unit = eps if y.dtype == torch.bfloat16 and not CUDA else eps / 2
+    tiny = torch.finfo(y.dtype).smallest_normal
+    assert bool(((y.cpu().double() - exact).abs() <= unit * exact.abs() + 2**-20 * sizes + tiny).all())
 
 
 @given(seeds, sizes)
@@ -140,8 +143,11 @@ def test_a_converted_layer_multiplies_within_the_bound(rows, dtype):
     y = layer(x)
     assert y.shape == (*rows, 200)
     flat, values = x.reshape(-1, 384).double().cpu(), values.double().cpu()
-    error = (y.reshape(-1, 200).double().cpu() - (flat @ values.t() + bias)).abs()
-    assert bool((error <= 4 * torch.finfo(dtype).eps * (flat.abs() @ values.abs().t() + bias.abs())).all())
+    trained, sizes = flat @ values.t(), flat.abs() @ values.abs().t()
+    error = (y.reshape(-1, 200).double().cpu() - (trained + bias)).abs()
+    # The bound to training, and the rounding of the sum with the bias.
+    eps = torch.finfo(dtype).eps
+    assert bool((error <= eps * (trained.abs() + sizes) + eps * (trained + bias).abs()).all())
 
 
 def test_a_compiled_layer_gives_the_same(monkeypatch, tmp_path):
@@ -286,7 +292,9 @@ class TestOnCuda:
         values, _ = trained_values(model)
         layer = convert(model, "triton")["layer"]
         x = normal(2, rows, 1152, dtype=dtype).cuda()
-        assert_within_the_bound(layer(x), x, values)
+        y, values = layer(x).double().cpu(), values.double().cpu()
+        trained, sizes = x.double().cpu() @ values.t(), x.double().cpu().abs() @ values.abs().t()
+        assert bool(((y - trained).abs() <= torch.finfo(dtype).eps * (trained.abs() + sizes)).all())
         assert not bool(layer.weight.counters.any())
 
     def test_a_captured_product_is_the_eager_one_at_every_replay(self):

@@ -1,6 +1,7 @@
 """Learned group-wise integer weights: train them, run them on a kernel, ship them."""
 
-from gracekit.quant.coverage import Coverage, coverage
+from gracekit._coverage import Coverage
+from gracekit.quant.coverage import coverage
 from gracekit.quant.deploy import convert, quantize_rtn
 from gracekit.quant.formats.awq import export_awq
 from gracekit.quant.formats.compressed_tensors import export_compressed_tensors

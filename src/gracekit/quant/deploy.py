@@ -22,7 +22,7 @@ from gracekit.quant.int4 import (
     read_scale,
     read_weight,
 )
-from gracekit.quant.qat import DEFAULT_CONFIG, LayerFilter, select_layers
+from gracekit.quant.qat import DEFAULT_CONFIG, LayerFilter, check_alone, select_layers
 from gracekit.quant.scheme import LSQConfig, QuantizedWeight, absmax_scale, quantize, round_scale
 
 TARGETS = ("auto", "cpu", "cuda", "triton", "portable", "reference")
@@ -32,8 +32,10 @@ DEPLOYED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def convert(model: nn.Module, target: str = "auto", *, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace trained layers by nn.Linear layers whose weight is a quantised torchao tensor, in place.
 
-    Codes and scales are, bit for bit, those of the training forward; only the order of the sums in the matrix product is
-    the kernel's own: ``|y_kernel - y_training| <= 4 * eps * |x| @ |W_q|^T`` before the bias, with eps of the activations' dtype.
+    Codes q and scales s are, bit for bit, those of the training forward. The kernels of "cpu" and "triton" multiply by q * s as it
+    is and round once: ``|y - x @ (q * s)^T| <= eps / 2 * |y| + 2**-20 * |x| @ |q * s|^T`` before the bias, eps of the activations'
+    dtype. Training, "cuda" and "reference" round q * s to that dtype first, where it does not fit, so any two differ by at most
+    ``eps * |y| + (eps + 2**-20) * |x| @ |q * s|^T``.
 
     Args:
         model: a model after :func:`prepare_qat`, or one already converted (say, loaded in the portable form).
@@ -78,6 +80,7 @@ def convert(model: nn.Module, target: str = "auto", *, dtype: torch.dtype | None
         targets[name] = resolve_target(target, bits, scale.device)
         shape = (layer.out_features, layer.in_features)
         check_target(targets[name], name, shape=shape, scale=scale, bits=bits, dtype=dtype or layer.weight.dtype)
+        check_cast(targets[name], name, scale, dtype)
     swap_modules(
         model, {layer: _deployed(layer, read_weight(layer), targets[name], dtype) for name, layer in layers.items()}
     )
@@ -130,6 +133,7 @@ def quantize_rtn(
         chosen = resolve_target(target, config.bits, scale.device)
         shape = (layer.out_features, layer.in_features)
         check_target(chosen, name, shape=shape, scale=scale, bits=config.bits, dtype=dtype or layer.weight.dtype)
+        check_cast(chosen, name, scale, dtype)
         replacements[layer] = _deployed(layer, quantize(layer.weight, scale, config.bits), chosen, dtype)
     swap_modules(model, replacements)
     _let_transformers_know(model)
@@ -162,6 +166,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
             )
         if isinstance(layer, FakeQuantizedLinear):
             _check_trained(layer, name)
+    check_alone(model, {name: layer for name, layer in layers.items() if isinstance(layer, FakeQuantizedLinear)})
     return layers
 
 
@@ -207,10 +212,13 @@ def check_target(
         )
     if target == "cuda":
         demand(dtype == torch.bfloat16, f"bfloat16 activations (pass dtype=torch.bfloat16), got {dtype}")
-    demand(
-        bool((scale.to(dtype).float() == scale.float()).all()),
-        f"scales that {dtype} holds exactly, got {scale.dtype} ones",
-    )
+    check_cast(target, name, scale, dtype)
+
+
+def check_cast(target: str, name: str, scale: Tensor, dtype: torch.dtype | None) -> None:
+    """Raise, naming the layer, where scales cannot go into ``dtype``, which the model is to be cast to, unchanged."""
+    if dtype is not None and not bool((scale.to(dtype).double() == scale.double()).all()):
+        raise ValueError(f"target={target!r} needs scales that {dtype} holds exactly, got {scale.dtype} ones ({name})")
 
 
 def _deployed(layer: nn.Linear, weight: QuantizedWeight, target: str, dtype: torch.dtype | None) -> nn.Linear:

@@ -1,6 +1,6 @@
 """Quantisation-aware training of a model's linear layers: prepare them in place, and group their parameters.
 
-A prepared layer is torchao's FakeQuantizedLinear with an :class:`~gracekit.quant.lsq.LSQFakeQuantizer`: its state holds ``weight``,
+A prepared layer is a torchao FakeQuantizedLinear with an :class:`~gracekit.quant.lsq.LSQFakeQuantizer`: its state holds ``weight``,
 ``bias`` and ``weight_fake_quantizer.log_scale`` from the start, so a checkpoint loads into a freshly prepared model.
 """
 
@@ -17,6 +17,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao.utils import TorchAOBaseTensor
 
 from gracekit._checks import check_real
+from gracekit._coverage import EXPECTED_SHARE
 from gracekit._structure import decoder_linears, find_decoder
 from gracekit.quant._modules import like_linear, parameter_owners, swap_modules
 from gracekit.quant.coverage import coverage
@@ -25,8 +26,6 @@ from gracekit.quant.scheme import WEIGHT_DTYPES, LSQConfig, round_scale, search_
 
 LayerFilter = Callable[[nn.Module, str], bool]
 DEFAULT_CONFIG = LSQConfig()
-# Dense decoders of 12 families have 98 % or more of their blocks' parameters in linears.
-EXPECTED_SHARE = 0.95
 
 
 def prepare_qat(
@@ -175,13 +174,23 @@ def check_alone(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
             )
 
 
+class LSQLinear(FakeQuantizedLinear):  # type: ignore[misc]
+    """A layer that computes with :func:`lsq_fake_quantize` of its weight."""
+
+    def to_linear(self) -> nn.Linear:
+        """Refuse torchao's convert step: it would drop the learned scales, or estimate others in their place."""
+        raise ValueError(
+            "learned scales are converted by gracekit.quant.convert(model, target), got torchao's convert step"
+        )
+
+
 def prepare_layer(layer: nn.Linear, config: LSQConfig, log_scale: Tensor | None = None) -> nn.Linear:
     """Return the trainable counterpart of a checked layer; it shares weight, bias and hooks with it."""
     if log_scale is None:
         scale = search_scale(layer.weight, config.bits, config.group_size)
         # Within the range of its dtype, so that training starts from a scale that it can move.
         log_scale = round_scale(scale, torch.float32).log()
-    prepared = like_linear(layer, layer.weight, FakeQuantizedLinear)
+    prepared = like_linear(layer, layer.weight, LSQLinear)
     prepared.weight_fake_quantizer = LSQFakeQuantizer(config, log_scale)
     prepared.weight_fake_quantizer.train(layer.training)
     return prepared

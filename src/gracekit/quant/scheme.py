@@ -112,9 +112,10 @@ def round_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
 
 def deployed_scale(log_scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """Return the scale (O, S) that training uses and that is deployed: exp(log_scale), rounded. Carries no gradient."""
-    # Rounded as it is written, and clamped in place: rounding is monotone and both ends are numbers of scale_dtype.
-    scale = torch.exp(log_scale.detach(), out=torch.empty_like(log_scale, dtype=scale_dtype, requires_grad=False))
-    return scale.clamp_(_SMALLEST_SCALE[scale_dtype], torch.finfo(scale_dtype).max)
+    # In float64, because no two machines agree on the last bit of a float32 exp: scales are rounded alike where they are trained
+    # and where they are exported.
+    scale = torch.exp(log_scale.detach().double())
+    return scale.clamp_(_SMALLEST_SCALE[scale_dtype], torch.finfo(scale_dtype).max).to(scale_dtype)
 
 
 def quotients(weight_OI: Tensor, scale_OS: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ launched in one way or another, or, for many rows, the whole weight written once
 product. Away from CUDA, where Triton is missing, and while a CUDA graph is captured before there was a measurement, it is the
 latter: exact, and slower.
 
-Both stay within ``4 * eps * |x| @ |W_q|^T`` of the product in training, eps of x's dtype.
+Both stay within the bounds that :func:`~gracekit.quant.convert` states.
 """
 
 # M rows of x, N out_features, K in_features, S groups per row, G group size, T tiles, C chunks

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gracekit._coverage import EXPECTED_SHARE
 from gracekit._structure import find_decoder, find_output_head
 from gracekit.quant import LSQConfig
 from gracekit.quant.deploy import check_target
@@ -97,6 +98,13 @@ def _describe(model: Any, folder: Path, report: Report) -> None:
     """Say what the model is: family, decoder, vocabulary, placeholder."""
     described = model.config
     report.lines["family"] = f"{described.model_type} ({type(model).__name__})"
+    quantised = getattr(described, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        report.problems.append(
+            f"the folder holds a model that is quantised already ({getattr(method, 'value', method)}): prepare_qat and gracekit "
+            "quantize refuse it, and the sizes are those of its plain weights"
+        )
     decoder: Any = find_decoder(model)
     if decoder is None:
         report.problems.append(
@@ -165,14 +173,15 @@ def _quantisation(model: nn.Module, config: LSQConfig, report: Report) -> None:
     kinds = Counter(name.rpartition(".")[2] for name in linears)
     listed = ", ".join(f"{kind} x {count}" for kind, count in kinds.items())
     report.lines["quantised"] = (
-        f"{len(linears)} linear layers ({listed}): {covered.share:.1%} of the decoder's blocks, {covered.quantised:,} weights"
+        f"{len(linears)} linear layers ({listed}): {covered.share:.1%} of the decoder's blocks, {covered.quantized_size:,} weights"
     )
     total = sum(p.numel() for p in model.parameters())
     size, group = config.bits, config.group_size
-    packed = covered.quantised * size / 8 + covered.quantised / group * config.scale_dtype.itemsize
-    rest = (total - covered.quantised) * BF16
+    count = covered.quantized_size
+    packed = count * size / 8 + count / group * config.scale_dtype.itemsize
+    rest = (total - count) * BF16
     report.lines["their size"] = (
-        f"{_gib(covered.quantised * BF16)} in BF16, {_gib(packed)} in INT{size} at group size {group} with its scales"
+        f"{_gib(count * BF16)} in BF16, {_gib(packed)} in INT{size} at group size {group} with its scales"
     )
     report.lines["whole model"] = f"{_gib(total * BF16)} in BF16, {_gib(packed + rest)} with INT{size}"
     report.lines["stays in BF16"] = _rest(model, covered, rest)
@@ -193,7 +202,7 @@ def _rest(model: Any, covered: Coverage, size: float) -> str:
 def _obstacles(linears: dict[str, nn.Linear], covered: Coverage, config: LSQConfig) -> list[str]:
     """What prepare_qat and convert would refuse, and what they would leave out."""
     found = []
-    if covered.share < 0.9:
+    if covered.share < EXPECTED_SHARE:
         largest = ", ".join(f"{name} ({count:,})" for name, count in list(covered.left_out.items())[:2])
         found.append(
             f"{1 - covered.share:.0%} of the blocks' parameters are no nn.Linear and would stay in BF16, above all {largest}"

@@ -26,6 +26,7 @@ from gracekit.quant import (
     quantize_rtn,
 )
 from gracekit.quant.formats.trained import SCALES_FILE
+from gracekit.quant.int4 import is_quantized
 from gracekit.recipe.progress import quiet, say
 
 EXPORTS = {"compressed-tensors": export_compressed_tensors, "awq": export_awq}
@@ -88,9 +89,10 @@ def write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype 
         FileExistsError: ``output`` holds something.
     """
     plain = "portable" if form == "torchao" else "reference"
-    convert(model, plain, dtype=dtype)
+    # AWQ's scales are float16 whatever the other weights are.
+    convert(model, plain, dtype=None if form == "awq" else dtype)
     if dtype is not None:
-        model.to(dtype)
+        _cast_others(model, dtype)
     if form in EXPORTS:
         EXPORTS[form](model, output)
     else:
@@ -100,6 +102,19 @@ def write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype 
         if path.is_file() and beside and not (output / path.name).exists():
             shutil.copyfile(path, output / path.name)
     say(f"{coverage(model)}. Written: {output}")
+
+
+def _cast_others(model: Any, dtype: torch.dtype) -> None:
+    """Cast what is not quantised; a cast of the scales would change the weights they stand for."""
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    for module in model.modules():
+        if not is_quantized(module):
+            module._apply(cast, recurse=False)
+        elif module.bias is not None:
+            module.bias.data = cast(module.bias.data)
 
 
 def check_empty(output: Path) -> None:
@@ -153,16 +168,17 @@ def _parser(name: str, metavar: str, folder: str, description: str | None) -> ar
         help="torchao: packed, for torchao's kernels and gracekit.quant.convert; torchao-reference: a byte a weight, "
         "computes wherever transformers does; compressed-tensors: vLLM and transformers; awq: engines with AWQ's GEMM layout",
     )
-    parser.add_argument("--output", required=True, type=Path, help="new folder")
+    parser.add_argument("--output", type=Path, help=f"new folder (default: {metavar}-FORMAT)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the activations and all other weights (default: as saved)")
     return parser
 
 
 def _run(name: str, given: argparse.Namespace, act: Any) -> int:
     quiet()
+    output = given.output or given.folder.with_name(f"{given.folder.resolve().name}-{given.format}")
     try:
-        check_empty(given.output)
-        write(act(), given.folder, given.output, given.format, DTYPES.get(given.dtype))
+        check_empty(output)
+        write(act(), given.folder, output, given.format, DTYPES.get(given.dtype))
     except (ValueError, OSError) as error:
         print(f"gracekit {name}: error: {error}", file=sys.stderr)
         return 2

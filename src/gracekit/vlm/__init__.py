@@ -1,6 +1,7 @@
 """Vision-language models of transformers: which tokens are visual, which layers are the language model."""
 
-from gracekit.vlm.families import Coverage, coverage, language_linears
+from gracekit._coverage import Coverage
+from gracekit.vlm.families import coverage, language_linears
 from gracekit.vlm.pair import PairedTokens, VisualTokenPair
 from gracekit.vlm.pooling import pool_tokens
 from gracekit.vlm.tap import VisualTokenTap

@@ -7,15 +7,11 @@ of the image placeholder, and these are all that is asked for.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from gracekit._coverage import EXPECTED_SHARE, Coverage, coverage_of
 from gracekit._structure import decoder_linears, find_decoder, unwrap
-
-# Seven projections of a decoder block hold 98-99 % of its parameters; far below that something large is no nn.Linear.
-_EXPECTED_COVERAGE = 0.9
 
 
 def require_decoder(model: nn.Module) -> nn.Module:
@@ -71,7 +67,7 @@ def language_linears(model: nn.Module) -> dict[str, nn.Linear]:
         ValueError: ``model`` has no decoder, or its decoder has no nn.Linear.
 
     Warns:
-        UserWarning: these linears hold less than 90 % of the blocks' parameters, as where experts are stacked in 3-D
+        UserWarning: these linears hold less than 95 % of the blocks' parameters, as where experts are stacked in 3-D
             parameters, which would stay unquantised.
 
     Example:
@@ -86,34 +82,12 @@ def language_linears(model: nn.Module) -> dict[str, nn.Linear]:
     if not linears:
         raise ValueError(f"model's decoder must have nn.Linear layers, got none in {type(unwrap(model)).__name__}")
     report = coverage(model)
-    if report.share < _EXPECTED_COVERAGE:
-        largest = ", ".join(list(report.left_out)[:3])
+    if report.share < EXPECTED_SHARE:
         warnings.warn(
-            f"the linear layers hold {report.share:.0%} of the parameters of the decoder's blocks in "
-            f"{type(unwrap(model)).__name__}; the rest would stay unquantised, above all {largest}",
+            f"the rest of {type(unwrap(model)).__name__} would stay unquantised: only {report}",
             stacklevel=2,
         )
     return linears
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """How many parameters of the decoder's blocks are quantised, low-rank adapters aside.
-
-    Attributes:
-        quantised: how many parameters the weights of ``language_linears(model)`` hold.
-        total: how many the blocks hold.
-        left_out: parameters that stay as they are, by name within the decoder's ``layers``, the largest first, with sizes.
-    """
-
-    quantised: int
-    total: int
-    left_out: dict[str, int]
-
-    @property
-    def share(self) -> float:
-        """The quantised share, in [0, 1]; about 0.98 to 0.99 for a dense decoder of usual width."""
-        return self.quantised / self.total if self.total else 0.0
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -135,15 +109,8 @@ def coverage(model: nn.Module) -> Coverage:
         ...                      num_hidden_layers=1)
         >>> report = coverage(LlamaForCausalLM(config))
         >>> round(report.share, 3), list(report.left_out)
-        (0.988, ['0.input_layernorm.weight', '0.post_attention_layernorm.weight'])
+        (0.988, ['model.layers.0.input_layernorm.weight', 'model.layers.0.post_attention_layernorm.weight'])
     """
-    layers: Any = require_decoder(model).layers
-    covered = {id(linear.weight) for linear in decoder_linears(model).values()}
-    parameters = {name: p for name, p in layers.named_parameters() if "lora_" not in name}
-    left_out = {name: p.numel() for name, p in parameters.items() if id(p) not in covered}
-    total = sum(p.numel() for p in parameters.values())
-    return Coverage(
-        quantised=total - sum(left_out.values()),
-        total=total,
-        left_out=dict(sorted(left_out.items(), key=lambda item: -item[1])),
-    )
+    require_decoder(model)
+    covered = {id(linear) for linear in decoder_linears(model).values()}
+    return coverage_of(model, lambda module: id(module) in covered)

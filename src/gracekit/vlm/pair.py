@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gracekit._structure import unwrap
 from gracekit.capture import HookContext
+from gracekit.vlm.families import require_decoder
 from gracekit.vlm.pooling import Grid, cells, check_grid, coarser, pool_tokens
 from gracekit.vlm.tap import VisualTokenTap
 
@@ -89,7 +90,7 @@ class VisualTokenPair(HookContext):
             "student": VisualTokenTap(student, layer),
             "teacher": VisualTokenTap(teacher, layer if teacher_layer is None else teacher_layer),
         }
-        if unwrap(student) is unwrap(teacher):
+        if require_decoder(student) is require_decoder(teacher):  # also one model with and without its adapters
             raise ValueError(
                 f"student and teacher must be two modules, got one {type(unwrap(student)).__name__} as both: the second "
                 "forward would replace what the first one left"

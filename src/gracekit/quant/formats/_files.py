@@ -48,10 +48,13 @@ def exact_scale(scale: Tensor, dtype: torch.dtype, format_name: str, name: str) 
 
 def checkpoint_tensors(model: nn.Module, layers: Mapping[str, nn.Linear], pack: Packer) -> dict[str, Tensor]:
     """Return the state of a model with each quantised weight replaced by what ``pack`` makes of it."""
-    replaced = {f"{name}.weight" for name in layers} | {f"{name}.weight_fake_quantizer.log_scale" for name in layers}
+    packed = {layer: pack(read_weight(layer)) for layer in layers.values()}
+    # A layer that stands in two places is in the state under both names.
+    places = {name: module for name, module in model.named_modules(remove_duplicate=False) if module in packed}
+    replaced = {f"{name}.{part}" for name in places for part in ("weight", "weight_fake_quantizer.log_scale")}
     tensors = {key: value for key, value in model.state_dict().items() if key not in replaced}
-    for name, layer in layers.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(read_weight(layer)).items()}
+    for name, layer in places.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in packed[layer].items()}
     return tensors
 
 

@@ -41,7 +41,7 @@ def import_grace_sidecar(model: nn.Module, path: str | os.PathLike[str], *, bits
 
     Raises:
         ValueError: the file needs more than tensors to be read, is no sidecar, names a layer the model lacks, does not fit
-            its sizes, or holds codes beyond ``bits``. The model is unchanged then.
+            its sizes, holds codes beyond ``bits`` or weights that are no multiples of their scales. The model is unchanged then.
 
     Example:
         >>> import tempfile
@@ -83,7 +83,7 @@ def import_grace_sidecar(model: nn.Module, path: str | os.PathLike[str], *, bits
 def _read(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:  # what torch.load makes of other files
         raise ValueError(
             f"path must be a torch file of tensors alone (it is read with weights_only=True), got {path}"
         ) from error
@@ -124,12 +124,23 @@ def _fit(name: str, layer: nn.Linear, parts: dict[str, Tensor], bits: int) -> tu
 
 def _keep_codes(name: str, layer: nn.Linear, weight: Tensor, log_scale: Tensor, config: LSQConfig) -> Tensor:
     exact = log_scale.exp()
+    if not bool(((exact > 0) & exact.isfinite()).all()):
+        raise ValueError(
+            f"log_scale must be logarithms of float32 scales, got {log_scale.min():g} to {log_scale.max():g} ({name})"
+        )
     wide = weight.to(device=log_scale.device, dtype=torch.float32)
-    codes = quotients(wide, exact).round_().flatten(-2)
+    ratio = quotients(wide, exact).flatten(-2)
+    codes = ratio.round()
     low, high = code_range(config.bits)
     if not bool(((codes >= low) & (codes <= high)).all()):
         found = f"{int(codes.min())} to {int(codes.max())}"
         raise ValueError(f"bits={config.bits} must hold the file's codes, {low} to {high}, got {found} ({name})")
+    # Stored in bfloat16 a multiple of its scale is off by 2^-9 of itself.
+    off = (ratio - codes).abs() > 2**-8 * codes.abs() + 1e-3
+    if bool(off.any()):
+        raise ValueError(
+            f"a sidecar's weight must be whole multiples of its scales, got {ratio[off][0]:g} times one ({name})"
+        )
     scale = deployed_scale(log_scale, config.scale_dtype)
     taken = wide.to(layer.weight.dtype)
     changed = float_codes(taken, scale, config.bits) != codes
