@@ -46,6 +46,7 @@ def gpu(session: nox.Session) -> None:
     """The kernels on a CUDA machine, in the environment at hand: CUDA's torch, triton, torchao, pytest, hypothesis."""
     session.env.update(QUIET, PYTHONPATH="src")
     kernels = [
+        "tests/test_cuda.py",
         "tests/test_triton_gated_dkd.py",
         "tests/test_bfloat16_cka.py",
         "tests/test_relational_cka.py",

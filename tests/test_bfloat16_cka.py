@@ -14,6 +14,7 @@ from gracekit.losses import _bfloat16_cka
 
 RELATIONAL = sys.modules["gracekit.losses.relational_cka"]
 UNIT = 2.0**-9
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = {"gram": _bfloat16_cka.GramSimilarity, "features": _bfloat16_cka.FeatureSimilarity}
 
 
@@ -32,7 +33,7 @@ def related(seed, n, dx, dy):
     shared = normal(seed, n, 4)
     x = shared @ normal(seed + 1, 4, dx) + normal(seed + 2, n, dx) + normal(seed + 3, 1, dx)
     y = shared @ normal(seed + 4, 4, dy) + normal(seed + 5, n, dy) + normal(seed + 6, 1, dy)
-    return x.bfloat16(), y.bfloat16()
+    return x.bfloat16().to(DEVICE), y.bfloat16().to(DEVICE)
 
 
 @pytest.mark.parametrize("lengths", [[12, 12], [12, 3, 7, 0, 20]])
@@ -41,12 +42,12 @@ def test_values_and_gradients_lie_within_a_few_roundoffs_of_the_oracle(form, len
     x.requires_grad_()
     loss = RelationalCKA()(x, y, lengths)
     loss.backward()
-    exact = x.detach().double().requires_grad_()
-    counted = [pair for pair in zip(exact.split(lengths), y.split(lengths), strict=True) if len(pair[0]) >= 4]
+    exact = x.detach().double().cpu().requires_grad_()
+    counted = [pair for pair in zip(exact.split(lengths), y.cpu().split(lengths), strict=True) if len(pair[0]) >= 4]
     expected = torch.stack([1 - reference.cka(*pair) for pair in counted]).mean()
     expected.backward()
     assert abs(loss.item() - expected.item()) <= 2 * UNIT
-    error = (x.grad.double() - exact.grad).norm() / exact.grad.norm()
+    error = (x.grad.double().cpu() - exact.grad).norm() / exact.grad.norm()
     assert error <= 8 * UNIT
 
 
@@ -60,11 +61,11 @@ def test_the_bounds_hold_beside_a_common_component_or_a_huge_dimension(form, hug
     x.requires_grad_()
     loss = RelationalCKA()(x, y)
     loss.backward()
-    exact = x.detach().double().requires_grad_()
-    expected = 1 - reference.cka(exact, y)
+    exact = x.detach().double().cpu().requires_grad_()
+    expected = 1 - reference.cka(exact, y.cpu())
     expected.backward()
     assert abs(loss.item() - expected.item()) <= 2 * UNIT
-    assert (x.grad.double() - exact.grad).norm() <= 8 * UNIT * exact.grad.norm()
+    assert (x.grad.double().cpu() - exact.grad).norm() <= 8 * UNIT * exact.grad.norm()
 
 
 def test_tokens_that_are_nearly_one_point_are_told_from_those_that_are_one(form):
@@ -72,7 +73,10 @@ def test_tokens_that_are_nearly_one_point_are_told_from_those_that_are_one(form)
     x, y = normal(1, 576, 256), normal(2, 576, 256)
     x[:, 0] = 4000.0
     x, y = x.bfloat16(), y.bfloat16()
-    assert abs(RelationalCKA()(x, y).item() - (1 - reference.cka(x.double(), y.double())).item()) <= 2 * UNIT
+    assert (
+        abs(RelationalCKA()(x.to(DEVICE), y.to(DEVICE)).item() - (1 - reference.cka(x.double(), y.double())).item())
+        <= 2 * UNIT
+    )
 
 
 def test_a_token_that_is_not_finite_shows_in_the_loss(form):
@@ -98,19 +102,18 @@ def test_both_forms_agree_with_the_plain_one(seed, lengths, dx, dy):
 
 def test_kernels_around_the_products_equal_the_plain_operations(monkeypatch):
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, y = (side.to(device) for side in related(1, 2 * 150, 70, 40))
+    x, y = related(1, 2 * 150, 70, 40)
     x, y = x.reshape(2, 150, 70), y.reshape(2, 150, 40)
-    mask = torch.arange(150, device=device) < torch.tensor([[150], [131]], device=device)
+    mask = torch.arange(150, device=DEVICE) < torch.tensor([[150], [131]], device=DEVICE)
     counts = mask.sum(1)
     x, y = x * mask[..., None], y * mask[..., None]
-    slope = normal(7, 2, 150, 70).to(device).bfloat16()
+    slope = normal(7, 2, 150, 70).to(DEVICE).bfloat16()
     results = []
     for kernels in (False, True):
         monkeypatch.setattr(_bfloat16_cka, "_kernels", lambda tokens, on=kernels: on)
         both, inverse = _bfloat16_cka._centred_pair(x, y, mask, counts)
         tangent = slope.clone()
-        _bfloat16_cka._to_tangent(x, inverse, torch.tensor([0.5, 2.0], device=device), tangent)
+        _bfloat16_cka._to_tangent(x, inverse, torch.tensor([0.5, 2.0], device=DEVICE), tangent)
         results.append((both, inverse, tangent))
     torch.testing.assert_close(*results, rtol=2.0**-7, atol=1e-5)
 
@@ -118,8 +121,8 @@ def test_kernels_around_the_products_equal_the_plain_operations(monkeypatch):
 def test_a_padded_batch_ignores_what_the_mask_leaves_out(form):
     x, y = related(1, 11, 8, 12)
     packed = RelationalCKA()(x, y, [5, 6])
-    mask = torch.tensor([[True] * 5 + [False], [True] * 6])
-    batch_x, batch_y = (torch.full((2, 6, side.shape[1]), torch.nan, dtype=side.dtype) for side in (x, y))
+    mask = torch.tensor([[True] * 5 + [False], [True] * 6], device=DEVICE)
+    batch_x, batch_y = (side.new_full((2, 6, side.shape[1]), torch.nan) for side in (x, y))
     batch_x[mask], batch_y[mask] = x, y
     batch_x.requires_grad_()
     padded = RelationalCKA()(batch_x, batch_y, mask=mask)
@@ -162,4 +165,6 @@ def test_a_second_derivative_is_refused(form):
 
 def test_the_plain_form_serves_what_tensor_cores_do_not():
     x, y = related(1, 6, 8, 12)
-    assert not RELATIONAL._on_tensor_cores(x, y)
+    assert RELATIONAL._on_tensor_cores(x, y) == (DEVICE == "cuda")
+    assert not RELATIONAL._on_tensor_cores(x.half(), y.half())
+    assert not RELATIONAL._on_tensor_cores(x, y.float())

@@ -187,7 +187,7 @@ class GraceObjective(nn.Module):
             gates = entropy_gate(
                 teacher_logits, labels, ignore_index=config.ignore_index, vocab_size=config.vocab_size
             ).sum(dtype=torch.float64)
-        total = torch.stack((gates, supervised.sum().double(), self._images(lengths, mask).to(gates)))
+        total = torch.stack((gates, supervised.sum().double(), self._images(lengths, mask, gates)))
         if reduce:
             total = all_sum(total)
         counts = dict(zip(("gate_sum", "token_count", "image_count"), total.float(), strict=True))
@@ -195,12 +195,15 @@ class GraceObjective(nn.Module):
             del counts["image_count"]  # how many images there are was not said
         return counts
 
-    def _images(self, lengths: Sequence[int] | Tensor | None, mask: Tensor | None) -> Tensor:
-        """Images of at least min_tokens tokens."""
+    def _images(self, lengths: Sequence[int] | Tensor | None, mask: Tensor | None, like: Tensor) -> Tensor:
+        """Images of at least min_tokens tokens, as a number where and what ``like`` is."""
         if lengths is not None and mask is not None:
             raise ValueError("lengths and mask describe images in two ways, got both")
-        counts = torch.as_tensor([] if lengths is None else lengths) if mask is None else mask.sum(1)
-        return (counts >= self.relational.min_tokens).sum()
+        least = self.relational.min_tokens
+        if mask is not None:
+            return (mask.sum(1) >= least).sum().to(like)
+        counts = lengths.tolist() if isinstance(lengths, Tensor) else lengths or ()
+        return torch.full_like(like, sum(count >= least for count in counts))
 
     def combine(self, distillation: DistillationLoss, relational: Tensor | None = None) -> GraceLoss:
         """Return the objective from losses computed elsewhere.

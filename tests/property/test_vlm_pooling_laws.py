@@ -60,15 +60,17 @@ def test_whole_factors_are_ordinary_average_pooling(t, h, w, target, seed):
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7), seeds)
-def test_pooling_keeps_the_first_moment_along_an_axis(rows, columns, wanted, seed):
-    """A ramp stays a ramp: the target cell at i has the mean position of what it covers, (i + 1/2) * H/h."""
+def test_a_cell_weighs_what_of_it_lies_in_the_target(rows, columns, wanted, seed):
+    """Whatever the factor: target i covers [i, i + 1] * rows / wanted, and a cut cell counts with its part."""
     wanted = min(rows, wanted)
-    ramp = (torch.arange(rows, dtype=torch.float64) + 0.5)[:, None].expand(rows, columns).reshape(-1, 1)
-    pooled, _ = pool_tokens(ramp, [(rows, columns)], [(wanted, 1)])
-    expected = (torch.arange(wanted, dtype=torch.float64) + 0.5) * rows / wanted
-    # Each source cell counts with the value at its middle, so a cell that is cut is off by at most half of itself.
-    assert (pooled[:, 0] - expected).abs().max() < 0.5
-    assert (pooled[1:, 0] >= pooled[:-1, 0]).all()
+    tokens = normal(seed, rows * columns, WIDTH)
+    pooled, _ = pool_tokens(tokens, [(rows, columns)], [(wanted, 1)])
+    means = tokens.reshape(rows, columns, WIDTH).mean(1)
+    for i in range(wanted):
+        low, high = i * rows / wanted, (i + 1) * rows / wanted
+        parts = [max(0.0, min(j + 1, high) - max(j, low)) for j in range(rows)]
+        expected = sum(part * mean for part, mean in zip(parts, means, strict=True)) / sum(parts)
+        torch.testing.assert_close(pooled[i], expected)
 
 
 @given(images, seeds, st.randoms(use_true_random=False))
