@@ -88,6 +88,73 @@ def qat_linear(device: str) -> None:
         write_table(f"qat_learning-{device}", result["learning"], columns | {"scale_rate": "Rate of the scales"})
 
 
+def inference(device: str) -> None:
+    """Products with 4-bit weights, generation, and what one decode step is made of."""
+    result = newest("int4_linear", device)
+    if result is not None:
+        (GENERATED / f"int4_linear-{device}.txt").write_text(machine(result) + "\n")
+        columns = {
+            "out": "Out",
+            "in": "In",
+            "rows": "Rows",
+            "variant": "Variant",
+            "median_us": "Median us",
+            "min_us": "Least",
+            "max_us": "Greatest",
+            "times_faster_than_bf16": "Times faster than bf16",
+            "share_of_traffic_limit": "Share of the traffic limit",
+        }
+        write_table(f"int4_linear-{device}", result["rows"], columns)
+        plot_products(result, device)
+    result = newest("generate", device)
+    if result is not None:
+        (GENERATED / f"generate-{device}.txt").write_text(machine(result) + "\n")
+        columns = {
+            "batch": "Batch",
+            "variant": "Variant",
+            "tokens_per_second": "Tokens/s",
+            "times_baseline": "Times bf16, transformers",
+            "prefill_ms": "First token, ms",
+            "decode_tokens_per_second": "Tokens/s after it",
+            "weights_mib": "Weights, MiB",
+            "cache_mib": "Cache",
+            "peak_beyond_weights_mib": "Peak beyond weights",
+            "failed": "Failed",
+        }
+        write_table(f"generate-{device}", sorted(result["rows"], key=lambda row: row["batch"]), columns)
+    result = newest("decode_profile", device)
+    if result is not None:
+        (GENERATED / f"decode_profile-{device}.txt").write_text(
+            f"{result['variant']}, {result['prompt']} tokens before: {result['step_us'] / 1e3:.2f} ms a step, of which "
+            f"{result['profiled_us'] / 1e3:.2f} ms in the parts below; limit by traffic ({result['bytes_read'] / 2**20:.0f} MiB at "
+            f"{result['copy_bandwidth_gb_s']} GB/s) {result['traffic_limit_us'] / 1e3:.2f} ms. {machine(result)}\n"
+        )
+        columns = {"name": "Part", "us": "us a step", "calls": "Calls a step"}
+        write_table(f"decode_profile-{device}", result["rows"][:12], columns)
+
+
+def plot_products(result: dict, device: str) -> None:
+    """Time over the number of rows, a panel for each weight."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((row["out"], row["in"]) for row in result["rows"]))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(3.3 * len(shapes), 3.2), layout="constrained", squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        chosen = [row for row in result["rows"] if (row["out"], row["in"]) == shape]
+        for variant in dict.fromkeys(row["variant"] for row in chosen):
+            points = [(row["rows"], row["median_us"]) for row in chosen if row["variant"] == variant]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=variant)
+        axis.axhline(chosen[0]["traffic_limit_us"], linestyle="--", color="grey", label="INT4 limit by traffic")
+        axis.set(title=f"{shape[0]} x {shape[1]}", xlabel="rows", xscale="log", yscale="log")
+    axes[0][0].set_ylabel("microseconds")
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(GENERATED / f"int4_linear-{device}.png", dpi=130)
+    plt.close(figure)
+
+
 def plot_curves(result: dict, device: str) -> None:
     """Time of gated_dkd over N and over V, beside the limit by memory traffic."""
     import matplotlib
@@ -246,6 +313,7 @@ def build(*_: object) -> None:
     for device in ("nvidia-h200", "cpu"):
         losses(device)
         qat_linear(device)
+        inference(device)
         ablation(device)
 
 

@@ -51,7 +51,7 @@ class Coverage:
         lines = [
             f"{self.share:.1%} of the parameters of the decoder's blocks are quantised (layers: {len(self.quantized)})"
         ]
-        if self.left_out:
+        if self.share < EXPECTED_SHARE:  # else norms, biases and the like
             lines.append(f"left out: {len(self.left_out)}, the largest {', '.join(list(self.left_out)[:3])}")
         if self.experts:
             lines.append(f"with three dimensions (experts of a mixture, no nn.Linear): {len(self.experts)}")
