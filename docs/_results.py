@@ -130,7 +130,8 @@ def inference(device: str) -> None:
             f"{result['copy_bandwidth_gb_s']} GB/s) {result['traffic_limit_us'] / 1e3:.2f} ms. {machine(result)}\n"
         )
         columns = {"name": "Part", "us": "us a step", "calls": "Calls a step"}
-        write_table(f"decode_profile-{device}", result["rows"][:12], columns)
+        rows = [row | {"name": f"``{row['name']}``"} for row in result["rows"][:12]]
+        write_table(f"decode_profile-{device}", rows, columns)
 
 
 def plot_products(result: dict, device: str) -> None:
