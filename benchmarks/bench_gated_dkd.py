@@ -51,10 +51,16 @@ def bench(
     inputs = problem(count, classes, device, dtype)
     values, rows = {}, []
     for name, loss in names.items():
-        values[name] = loss(*inputs).item()
-        row = {"variant": name, "N": count, "V": classes, "dtype": str(dtype), "value": round(values[name], 6)}
-        row |= _harness.measure(step(loss, *inputs), device, runs=runs)
-        if rows:
+        row = {"variant": name, "N": count, "V": classes, "dtype": str(dtype)}
+        try:
+            values[name] = loss(*inputs).item()
+            row |= {"value": round(values[name], 6), **_harness.measure(step(loss, *inputs), device, runs=runs)}
+        except torch.OutOfMemoryError:
+            row["failed"] = "out of memory"
+            torch.cuda.empty_cache()
+            rows.append(row)
+            continue
+        if rows and "failed" not in rows[0]:
             row["times_faster_than_paper"] = round(rows[0]["median_ms"] / row["median_ms"], 2)
             row["memory_of_paper"] = round(row["peak_mib"] / rows[0]["peak_mib"], 4)
         if device == "cuda":
@@ -63,8 +69,8 @@ def bench(
             row["gradient_mib"] = round(inputs[0].numel() * inputs[0].element_size() / 2**20, 1)
         _harness.show(row)
         rows.append(row)
-    worst = max(abs(value - values["paper"]) for value in values.values())
-    assert worst < 2e-3 * abs(values["paper"]), f"the variants disagree: {values}"
+    first = next(iter(values.values()))
+    assert all(abs(value - first) < 2e-3 * abs(first) for value in values.values()), f"the variants disagree: {values}"
     return rows
 
 
@@ -83,7 +89,7 @@ def main() -> None:
     if cuda:
         few = {name: names[name] for name in ("paper", "gracekit triton")}
         for n in (256, 1024, 16_384):
-            curves += bench(n, min(classes, 50_257 if n > 4096 else classes), "cuda", dtype, 5, few, bandwidth)
+            curves += bench(n, classes, "cuda", dtype, 5, few, bandwidth)
         for v in (32_000, 50_257, 256_000):
             curves += bench(count, v, "cuda", dtype, 5, few, bandwidth)
     payload = {"copy_bandwidth_gb_s": round(bandwidth / 1e9, 1), "rows": rows, "curves": curves}

@@ -78,8 +78,11 @@ def trl():
 
 
 def variants(device: str) -> dict:
+    paper = from_logits(reference.paper_gated_dkd)
+    compiled = {"full logits, paper, torch.compile": torch.compile(paper)} if device == "cuda" else {}
     found = {
-        "full logits, paper": from_logits(reference.paper_gated_dkd),
+        "full logits, paper": paper,
+        **compiled,
         "full logits, gracekit": from_logits(gracekit.gated_dkd),
         "gracekit": lambda *inputs: gracekit.linear_gated_dkd(*inputs).total,
         "gracekit, gate_sum given": lambda *inputs: (
@@ -94,14 +97,18 @@ def variants(device: str) -> dict:
     for name, make in peers.items():
         try:
             found[name] = make()
-        except Exception as reason:  # a peer that is absent, or that its own imports keep from loading
-            print(f"without {name}: {type(reason).__name__}: {reason}")
+        except (
+            Exception
+        ) as reason:  # a peer that is absent, or that its own imports keep from loading: in the file as such
+            found[name] = reason
     return found
 
 
 def bench(name, loss, inputs, device, runs, base):
     row = {"variant": name, "N": len(inputs[0]), "V": len(inputs[1]), "dtype": str(inputs[0].dtype)}
     try:
+        if isinstance(loss, Exception):
+            raise loss
         row |= _harness.measure(lambda: torch.autograd.grad(loss(*inputs), inputs[:2]), device, runs=runs, warmup=2)
     except Exception as reason:  # a peer that fails is a result too
         row["failed"] = f"{type(reason).__name__}: {reason}".splitlines()[0][:200]

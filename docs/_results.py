@@ -163,7 +163,7 @@ def plot_curves(result: dict, device: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = result["rows"] + result["curves"]
+    rows = [row for row in result["rows"] + result["curves"] if "failed" not in row]
     width = result["rows"][0]["V"]
     count = result["rows"][0]["N"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
