@@ -128,7 +128,7 @@ def controller() -> None:
     shown = []
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for row in result["rows"]:
-        taus = [entry["tau"] for entry in row["history"] if entry["tau"]]
+        taus = [entry["tau"] for entry in row["history"] if entry.get("tau")]
         percent = {
             key: f"{100 * row[key]:.1f}" for key in ("share_of_steps_on_a_bound", "accuracy_bf16", "accuracy_int4")
         }
