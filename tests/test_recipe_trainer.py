@@ -192,6 +192,8 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(tokenizer, data, tmp_pat
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
             (tmp_path / f"checkpoint-{step}" / CONTROLLER_FILE).touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / CONTROLLER_FILE).touch()
     assert latest_checkpoint(tmp_path).name == "checkpoint-10"
     assert latest_checkpoint(tmp_path / "nothing") is None
 

@@ -152,4 +152,5 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a training, or None."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{CONTROLLER_FILE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]  # a copy has another name
+    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

@@ -7,7 +7,6 @@ never trained again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -28,12 +27,12 @@ from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
 from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.run_folder import DONE, STATES, open_run
 from gracekit.recipe.stages import write_json
-from gracekit.recipe.teacher_states import ABOUT, TaughtCollator, TaughtDataset, TeacherStates, compute_states
+from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset, TeacherStates, compute_states
 from gracekit.recipe.train_config import TrainConfig, parse
 from gracekit.recipe.trainer import GraceTrainer
 
-_SETTINGS, _DONE = "train.json", "training.json"
 _MODEL = "model"
 
 
@@ -79,42 +78,6 @@ def train(config: TrainConfig) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish(trainer, config, pair, folder)
     return folder / _MODEL
-
-
-def open_run(config: TrainConfig, folder: Path) -> bool:
-    """Make the run's folder ready; False if it holds a finished run of these settings.
-
-    Raises:
-        FileExistsError: it holds something else, or a run with other settings.
-    """
-    with config.training.main_process_first():  # the others find its settings file
-        return _open(config, folder)
-
-
-def _open(config: TrainConfig, folder: Path) -> bool:
-    settings = folder / _SETTINGS
-    if settings.is_file():
-        differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
-        if differences and not _begun(folder):
-            write_json(settings, config.as_dict())  # of a run that was refused or left before it kept anything
-        elif differences:
-            raise FileExistsError(
-                f"output_dir must be a new folder or a run with the same settings, got {str(folder)!r} with other ones "
-                f"(there -> asked for): {'; '.join(differences)}"
-            )
-        return not (folder / _DONE).is_file()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"output_dir must be a new or empty folder, got {str(folder)!r}, which holds something else"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(settings, config.as_dict())
-    return True
-
-
-def _begun(folder: Path) -> bool:
-    kept = (folder / _DONE, folder / "teacher_states" / ABOUT)
-    return latest_checkpoint(folder) is not None or any(path.is_file() for path in kept)
 
 
 def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversations:
@@ -216,7 +179,7 @@ def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden
 def _precomputed(
     config: TrainConfig, teacher: Teacher, dataset: ConversationDataset, collate: Any, folder: Path
 ) -> TeacherStates:
-    where = Path(config.pair.teacher_states) if config.pair.teacher_states else folder / "teacher_states"
+    where = Path(config.pair.teacher_states) if config.pair.teacher_states else folder / STATES
     about = {
         "teacher": config.pair.teacher,
         "student": config.pair.student,
@@ -265,7 +228,7 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
     pair.processor.save_pretrained(output)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     done = {"environment": environment(config.training.device), "steps": trainer.state.global_step, "history": log}
-    write_json(folder / _DONE, done)
+    write_json(folder / DONE, done)
     for left in folder.glob("checkpoint-*"):
         shutil.rmtree(left)
     kind = f"with its learned scales ({SCALES_FILE})" if quantiser is not None else "in plain weights"
