@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conversation_cases import save_pair, write_llava
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from gracekit.quant import load_qat
@@ -77,6 +77,66 @@ def test_a_teacher_teaches_the_same_wherever_it_is(home, tmp_path):
     # Answers beforehand are those of one sample at a time, without padding, in the teacher's bfloat16.
     for ours, theirs in zip(logs["precomputed"], logs["online"], strict=True):
         assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def answered(home, folder, *more):
+    """Let a teacher answer for all the data, and give the options that name the answers."""
+    states = ["--teacher_mode", "precomputed", "--teacher_states", folder / "states"]
+    assert main(arguments(home, folder / "first", *states, *more)) == 0
+    return states
+
+
+def test_further_students_learn_from_the_same_answers_without_the_teachers_weights(home, tmp_path, monkeypatch):
+    """Another student, with losses that take less; the first answers are left as they are."""
+    states = answered(home, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "states").iterdir()}
+    other = save_pair(tmp_path / "other", "llava", seed=5, vocab_size=304, layers=4)
+    loaded, load = [], AutoModelForImageTextToText.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForImageTextToText,
+        "from_pretrained",
+        lambda name, **options: loaded.append(str(name)) or load(name, **options),
+    )
+    for losses in ("gdkd", "grace"):
+        assert main(arguments(home, tmp_path / losses, *states, "--student", other, "--losses", losses)) == 0
+    assert loaded == [other, other]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "states").iterdir()} == before
+    monkeypatch.undo()
+    assert main(arguments(home, tmp_path / "online", "--student", other)) == 0
+    for ours, theirs in zip(history(tmp_path / "grace"), history(tmp_path / "online"), strict=True):
+        assert (ours["gdkd"], ours["rcka"]) == pytest.approx((theirs["gdkd"], theirs["rcka"]), rel=0.02)
+
+
+def test_answers_that_are_stale_are_refused_with_what_differs(home, tmp_path, capsys):
+    for part in ("llava-student", "llava-teacher", "data"):
+        shutil.copytree(home / part, tmp_path / part)
+    states = answered(tmp_path, tmp_path)
+    capsys.readouterr()
+
+    def differing(*more):
+        assert main(arguments(tmp_path, tmp_path / "second", *states, *more)) == 2
+        text = capsys.readouterr().err
+        assert "(there -> asked for)" in text
+        return {part.split(":")[0] for part in text.partition("asked for): ")[2].split("; ")}
+
+    assert differing("--teacher", home / "llava-student") == {"teacher_weights"}
+    records = (tmp_path / "data" / "train.json").read_text()
+    (tmp_path / "data" / "train.json").write_text(records.replace("red", "blue"))
+    assert differing() == {"data_sha256"}
+    (tmp_path / "data" / "train.json").write_text(records)
+    shutil.copytree(tmp_path / "data" / "images", tmp_path / "elsewhere" / "images")
+    assert differing("--image_folder", tmp_path / "elsewhere") >= {"image_folder"}
+    picture = tmp_path / "data" / "images" / "0.png"
+    shutil.move(picture, tmp_path / "kept.png")
+    shutil.copy(tmp_path / "data" / "images" / "1.png", picture)
+    assert differing() == {"pictures"}
+    picture.unlink()
+    assert differing("--on_bad_record", "skip") == {"kept_records", "pictures"}
+    shutil.move(tmp_path / "kept.png", picture)
+    weights = tmp_path / "llava-teacher" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: value + 1 for name, value in tensors.items()}, weights, {"format": "pt"})
+    assert differing() == {"teacher_weights"}
 
 
 def test_plain_weights_and_cross_entropy_alone_need_no_teacher(home, tmp_path):
@@ -150,6 +210,20 @@ def test_a_pair_that_does_not_fit_is_refused_with_the_reason(home, tmp_path, cap
     assert "tokenizers must give every token one id" in refused(
         home, tmp_path, capsys, "--teacher", home / "qwen2_vl-teacher"
     )
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_model_whose_weights_are_not_whole_and_plain_is_refused(home, tmp_path, capsys, side):
+    other = tmp_path / "other"
+    shutil.copytree(home / f"llava-{side}", other)
+    weights = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert f"{side} must have whole files of weights" in refused(home, tmp_path, capsys, f"--{side}", other)
+    settings = json.loads((other / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "torchao"}
+    (other / "config.json").write_text(json.dumps(settings))
+    message = refused(home, tmp_path, capsys, f"--{side}", other)
+    assert f"{side} must be a model in plain weights, got a quantization_config (torchao) in {str(other)!r}" in message
 
 
 def test_a_template_that_writes_something_else_is_refused(home, tmp_path, capsys):

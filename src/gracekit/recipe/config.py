@@ -246,9 +246,10 @@ def parse(arguments: Sequence[str] | None, prog: str) -> RecipeConfig:
     )
     try:
         run, train, grace = parser.parse_args_into_dataclasses(args=arguments)
-        return RecipeConfig(run=run, train=train, grace=grace)
+        config = RecipeConfig(run=run, train=train, grace=grace)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+    return config
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:

@@ -27,13 +27,11 @@ def data_digest(data: str | Path) -> str:
 
 
 def files_digest(folder: Path, files: Iterable[Path], *, times: bool = True) -> str:
-    """Return the digest of files by name: the content of JSON and templates, of all others size and time of change."""
+    """Return the digest of files by name: the content of JSON, of all others size and time of change."""
     found = []
     for path in sorted(files):
-        stat = path.stat()
-        small = path.suffix in (".json", ".jinja")
-        stamp = _content(path) if small else f"{stat.st_size} {stat.st_mtime_ns if times else ''}"
-        found.append(f"{path.relative_to(folder)} {stamp}")
+        plain = _stamp(path) if times else str(path.stat().st_size)
+        found.append(f"{path.relative_to(folder)} {_content(path) if path.suffix == '.json' else plain}")
     return _digest(found)
 
 
@@ -53,18 +51,17 @@ def weights_digest(name: str) -> str:
     return files_digest(folder, {file for kind in kinds for file in folder.glob(kind)})
 
 
-def pictures_digest(records: Iterable[Any]) -> str:
-    """Return the digest of the files that records name as their images: paths, sizes and times of change."""
-    seen: dict[Path, str] = {}
-    found = []
+def records_digests(records: Iterable[Any]) -> dict[str, str]:
+    """Return the digests of which records there are, and of the sizes and times of change of the files they name as images."""
+    numbers, pictures = hashlib.sha256(), hashlib.sha256()
+    stamps: dict[Path, str] = {}
     for record in records:
+        numbers.update(f"{record.index}\n".encode())
         for image in record.images:
             if isinstance(image, Path):
-                if image not in seen:
-                    stat = image.stat()
-                    seen[image] = f"{image.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-                found.append(f"{record.index} {seen[image]}")
-    return _digest(found)
+                stamps[image] = stamps.get(image) or _stamp(image)
+                pictures.update(f"{record.index} {stamps[image]}\n".encode())
+    return {"kept_records": numbers.hexdigest()[:_SHOWN], "pictures": pictures.hexdigest()[:_SHOWN]}
 
 
 def processor_digest(processor: Any) -> str:
@@ -79,9 +76,9 @@ def processor_digest(processor: Any) -> str:
     )
 
 
-def numbers_digest(numbers: Iterable[int]) -> str:
-    """Return the digest of whole numbers in their order."""
-    return _digest(map(str, numbers))
+def _stamp(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def _content(path: Path) -> str:

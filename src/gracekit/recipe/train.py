@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -26,10 +27,11 @@ from gracekit.recipe.conversations import Conversations, load_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
+from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
-from gracekit.recipe.run_folder import DONE, STATES, open_run
+from gracekit.recipe.run_folder import DONE, open_run
 from gracekit.recipe.stages import write_json
-from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset, TeacherStates, compute_states
+from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset
 from gracekit.recipe.train_config import TrainConfig, parse
 from gracekit.recipe.trainer import GraceTrainer
 
@@ -54,7 +56,7 @@ def train(config: TrainConfig) -> Path:
     if not open_run(config, folder):
         return folder / _MODEL
     set_seed(config.training.seed)
-    pair = load_pair(config)
+    pair = load_pair(config, teacher_weights=not is_answered(config, folder))
     records = checked_records(config, pair, folder)
     dataset = ConversationDataset(records, pair.processor, config.data.max_length)
     trainer = make_trainer(config, pair, dataset, folder)
@@ -117,14 +119,15 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
     from_hidden = has_plain_head(pair.student, first)
     teacher, head = None, None
     data: Any = dataset
-    if pair.teacher is not None:
+    if pair.teacher is not None and config.pair.teacher_mode == "precomputed":
+        states = precompute(config, pair, dataset, collate, first, folder)
+        from_hidden = from_hidden and states.from_hidden
+        head = states.head()
+        head = head.to(config.training.device) if head is not None else None
+        pair.teacher = None
+        data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
+    elif pair.teacher is not None:
         teacher, from_hidden = _teacher(config, pair, first, from_hidden)
-        if config.pair.teacher_mode == "precomputed":
-            states = _precomputed(config, teacher, dataset, collate, folder)
-            head = states.head()
-            head = head.to(config.training.device) if head is not None else None
-            teacher, pair.teacher = None, None
-            data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
     prepare_student(config, pair.student)
     trainer = GraceTrainer(
         losses=config.method.losses,
@@ -176,37 +179,6 @@ def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden
     return teacher, teacher.reader.from_hidden
 
 
-def _precomputed(
-    config: TrainConfig, teacher: Teacher, dataset: ConversationDataset, collate: Any, folder: Path
-) -> TeacherStates:
-    where = Path(config.pair.teacher_states) if config.pair.teacher_states else folder / STATES
-    about = {
-        "teacher": config.pair.teacher,
-        "student": config.pair.student,
-        "data": config.data.data,
-        "max_length": config.data.max_length,
-        "from_hidden": teacher.reader.from_hidden,
-        "visual": teacher.reader.visual is not None,
-    }
-    training = config.training
-    with progress_bars() as bars:
-        task = bars.add_task("teacher: answer", total=len(dataset)) if training.process_index == 0 else None
-        compute_states(
-            teacher,
-            dataset,
-            collate,
-            where,
-            about,
-            device=training.device,
-            rank=training.process_index,
-            advance=lambda count: bars.advance(task, count) if task is not None else None,
-        )
-    if training.world_size > 1:
-        training.distributed_state.wait_for_everyone()
-    teacher.model.to("cpu")
-    return TeacherStates(where, about)
-
-
 def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path) -> None:
     """Write the trained model and what was measured, and remove the checkpoints: nothing is left to go on with."""
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
@@ -246,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(list(sys.argv[1:] if arguments is None else arguments))
         train(config)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"gracekit train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
