@@ -17,8 +17,9 @@ class TauCalibration:
 
     L_GDKD falls by an order of magnitude in training, and where it ends depends on data, vocabulary and teacher. A fixed tau is
     then either never reached or never missed, and beta sits on a bound. The low end of what the first part of a training
-    reached is a level that this student can hold. Until it is known beta stays where it starts; while L_GDKD still falls
-    steeply no level is worth holding, so this takes the first 40 % of the training unless told otherwise.
+    reached is a level that this student can reach. Until it is known beta stays where it starts; while L_GDKD still falls
+    steeply no level is worth holding, so this takes the first 40 % of the training unless told otherwise. Where L_GDKD goes on
+    falling, the target is met from the start, and beta falls towards its floor.
 
     Args:
         steps: optimiser steps to look at, at least 2; 0: 40 % of the training.
