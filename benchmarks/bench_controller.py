@@ -31,7 +31,7 @@ def run(arguments: list[str], folder: Path) -> dict:
         "share_of_steps_on_a_bound": sum(entry["saturated_share"] for entry in history) / len(history),
         "least_beta": min(entry["beta"] for entry in history),
         "greatest_beta": max(entry["beta"] for entry in history),
-        "history": [{name: entry[name] for name in KEPT} for entry in history],
+        "history": [{name: entry[name] for name in KEPT if name in entry} for entry in history],
     }
 
 

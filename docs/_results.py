@@ -196,7 +196,7 @@ def controller() -> None:
     shown = []
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for row in result["rows"]:
-        taus = [entry["tau"] for entry in row["history"] if entry["tau"]]
+        taus = [entry["tau"] for entry in row["history"] if entry.get("tau")]
         percent = {
             key: f"{100 * row[key]:.1f}" for key in ("share_of_steps_on_a_bound", "accuracy_bf16", "accuracy_int4")
         }
@@ -219,6 +219,20 @@ def controller() -> None:
         "accuracy_int4": "INT4, %",
     }
     write_table("controller", shown, columns)
+    auto = next(row["history"] for row in result["rows"] if row["variant"] == "auto")
+    (GENERATED / "controller-auto.txt").write_text(found_target(auto) + "\n")
+
+
+def found_target(history: list[dict]) -> str:
+    """Say what `--tau auto` found and what became of L_GDKD and beta after it."""
+    after = [entry for entry in history if entry.get("tau")]
+    first, last, tau = after[0], after[-1], after[0]["tau"]
+    above = sum(entry["gdkd"] > tau for entry in after)
+    return (
+        f"Here tau was found at step {first['step']:,} of {last['step']:,}: {tau:.2f}. In the ten steps up to there L_GDKD was "
+        f"{first['gdkd']:.2f} on average, in the last ten of the run {last['gdkd']:.2f}; {above} of the {len(after)} log entries "
+        f"from there on are above tau. beta went from {first['beta']:.2f} to {last['beta']:.2f}."
+    )
 
 
 def ablation(device: str) -> None:

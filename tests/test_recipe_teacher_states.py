@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from gracekit.recipe import teacher_states
 from gracekit.recipe.distillation import Teacher
-from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset, TeacherStates, compute_states
+from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset, TeacherStates, compute_states, is_complete
 from gracekit.recipe.trainer import GraceTrainer
 
 CPU, ABOUT = torch.device("cpu"), {"teacher": "t", "max_length": 16}
@@ -20,21 +20,29 @@ def _small_shards(monkeypatch):
     monkeypatch.setattr(teacher_states, "SHARD", 3)
 
 
-def answer(folder, *, from_hidden=True, about=ABOUT, advance=lambda count: None):
+def answer(folder, *, from_hidden=True, visual=True, about=ABOUT, advance=lambda count: None):
     student, teacher = pair()
-    taught = Teacher(teacher, student, from_hidden=from_hidden, visual=True)
+    taught = Teacher(teacher, student, from_hidden=from_hidden, visual=visual)
     compute_states(taught, SAMPLES, collate, folder, about, device=CPU, advance=advance)
     return taught
 
 
-@pytest.mark.parametrize("from_hidden", [True, False], ids=["hidden", "logits"])
-def test_a_student_of_saved_answers_has_the_gradient_of_one_beside_its_teacher(tmp_path, from_hidden):
-    expected, _ = one_step(tmp_path / "online", losses="grace", batch_size=4, accumulate=2, from_hidden=from_hidden)
-    answer(tmp_path / "states", from_hidden=from_hidden)
-    states = TeacherStates(tmp_path / "states", ABOUT)
+@pytest.mark.parametrize("losses", ["grace", "gdkd"])
+@pytest.mark.parametrize(
+    ("saved", "from_hidden"),
+    [(True, True), (False, False), (True, False)],
+    ids=["hidden", "logits", "hidden-to-logits"],
+)
+def test_a_student_of_saved_answers_has_the_gradient_of_one_beside_its_teacher(tmp_path, saved, from_hidden, losses):
+    """Also where its head is more than a product while the teacher's is not, and where it wants no visual tokens."""
+    expected, _ = one_step(tmp_path / "online", losses=losses, batch_size=4, accumulate=2, from_hidden=from_hidden)
+    answer(tmp_path / "states", from_hidden=saved)
+    states = TeacherStates(tmp_path / "states", ABOUT, visual=losses == "grace")
+    assert states.from_hidden == saved
+    assert ("tokens" in states[0]) == (losses == "grace")
     student, _ = pair()
     trainer = GraceTrainer(
-        losses="grace",
+        losses=losses,
         objective=objective(),
         teacher_head=states.head(),
         from_hidden=from_hidden,
@@ -63,7 +71,7 @@ def test_an_interrupted_computation_goes_on_with_the_missing_shards(tmp_path):
     done = []
     with pytest.raises(CutError):
         answer(tmp_path, advance=cut)
-    with pytest.raises(ValueError, match="must be complete, got 2 missing shards"):
+    with pytest.raises(ValueError, match="must be complete, got 2 missing files"):
         TeacherStates(tmp_path, ABOUT)
     first = tmp_path / "states-00000.safetensors"
     written = first.stat().st_mtime_ns
@@ -87,6 +95,33 @@ def test_answers_to_something_else_are_refused_by_what_differs(tmp_path):
         TeacherStates(tmp_path / "nothing", ABOUT)
     with pytest.raises(ValueError, match="an answer for each sample, got 8 for 7"):
         TaughtDataset(SAMPLES[:7], TeacherStates(tmp_path, ABOUT))
+
+
+def test_answers_without_visual_tokens_serve_no_loss_that_takes_them(tmp_path):
+    answer(tmp_path, visual=False)
+    with pytest.raises(ValueError, match="visual: False -> True"):
+        TeacherStates(tmp_path, ABOUT)
+    assert set(TeacherStates(tmp_path, ABOUT, visual=False)[1]) == {"hidden"}
+
+
+def test_answers_are_complete_with_all_shards_and_the_head(tmp_path):
+    assert not is_complete(tmp_path)
+    answer(tmp_path)
+    assert is_complete(tmp_path)
+    for name in ("head.safetensors", "states-00001.safetensors"):
+        (tmp_path / name).rename(tmp_path / "away")
+        assert not is_complete(tmp_path)
+        with pytest.raises(ValueError, match="must be complete, got 1 missing files"):
+            TeacherStates(tmp_path, ABOUT)
+        (tmp_path / "away").rename(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "{"])
+def test_a_description_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "states.json").write_text(text)
+    for call in (lambda: TeacherStates(tmp_path, ABOUT), lambda: answer(tmp_path)):
+        with pytest.raises(ValueError, match=r"a folder of a teacher's answers, got another states.json"):
+            call()
 
 
 def test_the_head_is_saved_once_and_answers_are_a_fraction_of_logits(tmp_path):

@@ -12,11 +12,12 @@ import time
 import pytest
 import torch
 from conversation_cases import save_pair, write_llava
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from gracekit.quant import load_qat
 from gracekit.quant.formats.trained import SCALES_FILE
+from gracekit.recipe.callbacks import latest_checkpoint
 from gracekit.recipe.cli import main
 from gracekit.recipe.pairs import check_memory
 
@@ -77,6 +78,66 @@ def test_a_teacher_teaches_the_same_wherever_it_is(home, tmp_path):
     # Answers beforehand are those of one sample at a time, without padding, in the teacher's bfloat16.
     for ours, theirs in zip(logs["precomputed"], logs["online"], strict=True):
         assert ours == pytest.approx(theirs, rel=0.02)
+
+
+def answered(home, folder, *more):
+    """Let a teacher answer for all the data, and give the options that name the answers."""
+    states = ["--teacher_mode", "precomputed", "--teacher_states", folder / "states"]
+    assert main(arguments(home, folder / "first", *states, *more)) == 0
+    return states
+
+
+def test_further_students_learn_from_the_same_answers_without_the_teachers_weights(home, tmp_path, monkeypatch):
+    """Another student, with losses that take less; the first answers are left as they are."""
+    states = answered(home, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "states").iterdir()}
+    other = save_pair(tmp_path / "other", "llava", seed=5, vocab_size=304, layers=4)
+    loaded, load = [], AutoModelForImageTextToText.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForImageTextToText,
+        "from_pretrained",
+        lambda name, **options: loaded.append(str(name)) or load(name, **options),
+    )
+    for losses in ("gdkd", "grace"):
+        assert main(arguments(home, tmp_path / losses, *states, "--student", other, "--losses", losses)) == 0
+    assert loaded == [other, other]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "states").iterdir()} == before
+    monkeypatch.undo()
+    assert main(arguments(home, tmp_path / "online", "--student", other)) == 0
+    for ours, theirs in zip(history(tmp_path / "grace"), history(tmp_path / "online"), strict=True):
+        assert (ours["gdkd"], ours["rcka"]) == pytest.approx((theirs["gdkd"], theirs["rcka"]), rel=0.02)
+
+
+def test_answers_that_are_stale_are_refused_with_what_differs(home, tmp_path, capsys):
+    for part in ("llava-student", "llava-teacher", "data"):
+        shutil.copytree(home / part, tmp_path / part)
+    states = answered(tmp_path, tmp_path)
+    capsys.readouterr()
+
+    def differing(*more):
+        assert main(arguments(tmp_path, tmp_path / "second", *states, *more)) == 2
+        text = capsys.readouterr().err
+        assert "(there -> asked for)" in text
+        return {part.split(":")[0] for part in text.partition("asked for): ")[2].split("; ")}
+
+    assert differing("--teacher", home / "llava-student") == {"teacher_weights"}
+    records = (tmp_path / "data" / "train.json").read_text()
+    (tmp_path / "data" / "train.json").write_text(records.replace("red", "blue"))
+    assert differing() == {"data_sha256"}
+    (tmp_path / "data" / "train.json").write_text(records)
+    shutil.copytree(tmp_path / "data" / "images", tmp_path / "elsewhere" / "images")
+    assert differing("--image_folder", tmp_path / "elsewhere") >= {"image_folder"}
+    picture = tmp_path / "data" / "images" / "0.png"
+    shutil.move(picture, tmp_path / "kept.png")
+    shutil.copy(tmp_path / "data" / "images" / "1.png", picture)
+    assert differing() == {"pictures"}
+    picture.unlink()
+    assert differing("--on_bad_record", "skip") == {"kept_records", "pictures"}
+    shutil.move(tmp_path / "kept.png", picture)
+    weights = tmp_path / "llava-teacher" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: value + 1 for name, value in tensors.items()}, weights, {"format": "pt"})
+    assert differing() == {"teacher_weights"}
 
 
 def test_plain_weights_and_cross_entropy_alone_need_no_teacher(home, tmp_path):
@@ -152,6 +213,20 @@ def test_a_pair_that_does_not_fit_is_refused_with_the_reason(home, tmp_path, cap
     )
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_model_whose_weights_are_not_whole_and_plain_is_refused(home, tmp_path, capsys, side):
+    other = tmp_path / "other"
+    shutil.copytree(home / f"llava-{side}", other)
+    weights = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    assert f"{side} must have whole files of weights" in refused(home, tmp_path, capsys, f"--{side}", other)
+    settings = json.loads((other / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "torchao"}
+    (other / "config.json").write_text(json.dumps(settings))
+    message = refused(home, tmp_path, capsys, f"--{side}", other)
+    assert f"{side} must be a model in plain weights, got a quantization_config (torchao) in {str(other)!r}" in message
+
+
 def test_a_template_that_writes_something_else_is_refused(home, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(home / "llava-teacher", other)
@@ -169,33 +244,54 @@ def test_too_little_memory_is_said_with_figures():
     assert check_memory({"student": 2.0**50, "its gradients": 1.0}, torch.device("cpu")) == []
 
 
+# Dies before the last file of its second checkpoint is written, without a chance to clean up.
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from gracekit.recipe import callbacks
+from gracekit.recipe.cli import main
+
+def save(controller, path, calibration):
+    if path.parent.name == "checkpoint-4":
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole(controller, path, calibration)
+
+whole, callbacks.save_controller = callbacks.save_controller, save
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_a_random_step_ends_with_the_weights_of_one_that_was_not(home, tmp_path):
-    """In processes of their own, killed without a chance to clean up."""
-    steps = ["--max_steps", "8", "--gradient_accumulation_steps", "2", "--tau", "auto"]
+    """In processes of their own: killed once inside a checkpoint, and once from outside as soon as a later one appears."""
+    steps = ["--max_steps", "24", "--gradient_accumulation_steps", "2", "--tau", "auto"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def start(output):
-        command = [sys.executable, "-m", "gracekit.recipe.cli", *arguments(home, output, *steps)]
+    def start(output, program=("-m", "gracekit.recipe.cli")):
+        command = [sys.executable, *program, *arguments(home, output, *steps)]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(whole).wait() == 0
+    assert start(cut, ("-c", KILLED_WHILE_SAVING)).wait() == -signal.SIGKILL
+    assert (cut / "checkpoint-4").is_dir()
+    assert latest_checkpoint(cut).name == "checkpoint-2"
+
     process = start(cut)
-    wanted = random.choice([2, 4, 6])
-    while not (cut / f"checkpoint-{wanted}" / "grace_controller.safetensors").is_file():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(random.random() * 0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (cut / "training.json").is_file()
-    assert start(cut).wait() == 0
+    wanted = random.choice(range(6, 16, 2))
+    while not (cut / f"checkpoint-{wanted}").is_dir() and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()  # a run that has ended by now was a resumed one all the same
+    if process.wait() != 0:
+        assert not (cut / "training.json").is_file()
+        assert start(cut).wait() == 0
     for name in ("model.safetensors", SCALES_FILE):
         ours, theirs = load_file(cut / "model" / name), load_file(whole / "model" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert [entry["beta"] for entry in history(cut)] == [entry["beta"] for entry in history(whole)]
+    kept = ("loss", "beta", "ema", "tau")
+    assert [[entry.get(name) for name in kept] for entry in history(cut)] == [
+        [entry.get(name) for name in kept] for entry in history(whole)
+    ]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 import yaml
 
 from gracekit.recipe.train_config import PRESETS, parse, preset
@@ -82,7 +83,16 @@ def test_a_file_goes_over_its_preset_and_flags_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--bogus", "1"], "--bogus"),
+        (["--bogus", "1"], "every option must be one of gracekit train, spelt out, got --bogus 1"),
+        (["--omeg", "3"], "got --omeg 3"),
+        (["--preset"], "preset must be one of"),
+        (["--preset=best"], "preset must be one of"),
+        (["--resume_from_checkpoint", "x"], "resume_from_checkpoint must be left at None .* goes on by itself"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be left at 0.0"),
+        (["--eval_strategy", "steps"], "eval_strategy must be left at 'no' .*see gracekit evaluate"),
+        (["--remove_unused_columns", "true"], "remove_unused_columns must be left at False"),
+        (["--report_to", "telegraph"], "report_to must name what is installed, got .*telegraph"),
+        (["--tau", "auto", "--tau_steps", "9", "--max_steps", "9"], "tau_steps must be below the training's 9 steps"),
         (["--preset", "best"], "preset must be one of"),
         (["--losses", "mse"], "losses must be one of"),
         (["--tau", "small"], "tau must be a number or 'auto', got tau='small'"),
@@ -95,6 +105,54 @@ def test_a_file_goes_over_its_preset_and_flags_over_the_file(tmp_path):
 def test_bad_settings_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         parse([*NEEDED, *arguments])
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_any_work(monkeypatch):
+    def missing():
+        raise RuntimeError("WandbCallback requires wandb to be installed")
+
+    monkeypatch.setitem(transformers.integrations.INTEGRATION_TO_CALLBACK, "wandb", missing)
+    with pytest.raises(ValueError, match=r"report_to must name what is installed, got .*'wandb'.*requires wandb"):
+        parse([*NEEDED, "--report_to", "wandb"])
+
+
+def test_a_preset_is_named_in_either_spelling():
+    assert parse([*NEEDED, "--preset=released"]).method == parse([*NEEDED, "--preset", "released"]).method
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], "paper"), (["--preset", "small"], "small")])
+def test_the_help_states_the_defaults_that_are_in_force(capsys, arguments, expected):
+    with pytest.raises(SystemExit):
+        parse([*arguments, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    config = parse([*NEEDED, *arguments])
+    for option, value in (
+        ("--omega OMEGA", config.method.omega),
+        ("--ema_decay EMA_DECAY", config.method.ema_decay),
+        ("--learning_rate LEARNING_RATE", config.training.learning_rate),
+    ):
+        text = shown.split(f" {option}")[-1]
+        assert text[text.index("(default: ") :].startswith(f"(default: {value})"), option
+    assert f"Defaults are those of --preset {expected}." in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("omeg: 3\n", "every key must be an option of gracekit train, got 'omeg' in"),
+        ("3: 4\n", "every key must be an option of gracekit train, got 3 in"),
+        ("omega: null\n", "omega must have a value, or be left out, got null in"),
+        ("preset: null\n", "preset must be one of"),
+        ("omega: [3\n b: c", "the settings file must be YAML, got .*run.yaml"),
+        ("omega: \x00", "the settings file must be YAML, got .*run.yaml"),
+    ],
+)
+def test_a_file_that_would_not_be_followed_is_refused(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        parse([str(path), *NEEDED])
+    assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path):

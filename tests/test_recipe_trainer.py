@@ -1,7 +1,9 @@
 """GraceTrainer: its losses are the objective's, its controller goes with the optimiser, and a resumed stage is the same stage."""
 
 import copy
+import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from gracekit.quant import LSQConfig, prepare_qat
+from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import CONTROLLER_FILE, latest_checkpoint
 from gracekit.recipe.config import GraceConfig
 from gracekit.recipe.data import PackedVqa, load_easy_vqa
 from gracekit.recipe.distillation import kl_divergence
+from gracekit.recipe.meters import Meters
 from gracekit.recipe.models import build_model, teacher_outputs
 from gracekit.recipe.stages import Stage, run_stage
 from gracekit.recipe.trainer import GraceTrainer
@@ -124,6 +128,39 @@ def test_a_saturated_beta_warns_once(tokenizer, data, tmp_path):
     assert log[-1]["saturated_share"] > 0.9
 
 
+def test_what_the_controller_does_not_know_yet_is_not_logged(tokenizer, data, tmp_path):
+    objective = GraceConfig(tau="auto").objective("gdkd")
+    found = dataclasses.replace(stage(losses="gdkd"), tau=TauCalibration(3))
+    log = run_stage(found, student(tokenizer), data, objective, tmp_path, device=CPU)
+    assert [("tau" in entry, "ema" in entry) for entry in log] == [
+        (False, False),
+        (True, True),
+        (True, True),
+        (True, True),
+    ]
+    assert {entry["tau"] for entry in log[1:]} == {objective.controller.target}
+
+
+@pytest.mark.parametrize("tau", ["1.0", "auto"])
+def test_steps_that_are_not_finite_are_counted_in_the_log_and_warned_of_once(
+    tokenizer, data, tmp_path, monkeypatch, tau
+):
+    def broken(self):
+        value, self.calls = end_step(self), getattr(self, "calls", 0) + 1
+        return value * torch.nan if self.calls in (2, 7) else value
+
+    end_step = Meters.end_step
+    monkeypatch.setattr(Meters, "end_step", broken)
+    grace = GraceConfig(tau=tau)
+    found = dataclasses.replace(stage(losses="gdkd"), tau=grace.calibration())
+    with pytest.warns(UserWarning, match="L_GDKD was not finite in 1 steps up to step 2") as caught:
+        log = run_stage(found, student(tokenizer), data, grace.objective("gdkd"), tmp_path, device=CPU)
+    assert len([w for w in caught if "not finite" in str(w.message)]) == 1
+    assert [entry["skipped"] for entry in log] == [1, 1, 1, 2]
+    assert all(math.isfinite(entry[name]) for entry in log[1:] for name in ("beta", "ema") if name in entry)
+    assert math.isfinite(log[-1]["tau"])
+
+
 class CutError(Exception):
     pass
 
@@ -155,6 +192,8 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(tokenizer, data, tmp_pat
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
             (tmp_path / f"checkpoint-{step}" / CONTROLLER_FILE).touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / CONTROLLER_FILE).touch()
     assert latest_checkpoint(tmp_path).name == "checkpoint-10"
     assert latest_checkpoint(tmp_path / "nothing") is None
 

@@ -38,7 +38,7 @@ METHODS = {
     "grace": ("grace", True),
     "kl": ("kl", True),
 }
-_KEPT = ("ce", "kl", "gdkd", "rcka", "beta", "ema", "tau", "saturated_share", "rcka_gradient_share")
+_KEPT = ("ce", "kl", "gdkd", "rcka", "beta", "ema", "tau", "saturated_share", "skipped", "rcka_gradient_share")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from gracekit._checks import check_int, check_real
 from gracekit._distributed import all_sum
 
 SHARE = 0.4
+_FINITE = 0.5  # of the steps, at least; a training that loses more has nothing to hold
 
 
 class TauCalibration:
@@ -16,8 +17,9 @@ class TauCalibration:
 
     L_GDKD falls by an order of magnitude in training, and where it ends depends on data, vocabulary and teacher. A fixed tau is
     then either never reached or never missed, and beta sits on a bound. The low end of what the first part of a training
-    reached is a level that this student can hold. Until it is known beta stays where it starts; while L_GDKD still falls
-    steeply no level is worth holding, so this takes the first 40 % of the training unless told otherwise.
+    reached is a level that this student can reach. Until it is known beta stays where it starts; while L_GDKD still falls
+    steeply no level is worth holding, so this takes the first 40 % of the training unless told otherwise. Where L_GDKD goes on
+    falling, the target is met from the start, and beta falls towards its floor.
 
     Args:
         steps: optimiser steps to look at, at least 2; 0: 40 % of the training.
@@ -37,20 +39,42 @@ class TauCalibration:
         self.target: float | None = None
 
     def begin(self, training_steps: int) -> None:
-        """Say how long the training is."""
+        """Say how long the training is.
+
+        Raises:
+            ValueError: no step would be left for the controller.
+        """
         self.steps = self.steps or max(2, round(SHARE * training_steps))
+        if self.steps >= training_steps:
+            raise ValueError(
+                f"tau_steps must be below the training's {training_steps} steps for tau='auto', got tau_steps={self.steps}"
+            )
 
     def add(self, value: Tensor) -> float | None:
-        """Take the next step's L_GDKD; once there are enough, return tau."""
+        """Take the next step's L_GDKD; once there are enough, return tau.
+
+        Raises:
+            ValueError: fewer than half of the steps had a finite L_GDKD; the others are left out.
+        """
         self.values.append(all_sum(value.detach().double()))
         if len(self.values) == self.steps:
-            self.target = torch.stack(self.values).quantile(self.quantile).item()
+            values = torch.stack(self.values)
+            finite = values[values.isfinite()]
+            if len(finite) < _FINITE * self.steps:
+                raise ValueError(
+                    f"tau='auto' needs a finite L_GDKD in at least half of its tau_steps={self.steps} steps, got {len(finite)}"
+                )
+            self.target = finite.quantile(self.quantile).item()
         return self.target
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps."""
         found = {"calibration_values": torch.stack(self.values).cpu() if self.values else torch.zeros(0).double()}
-        return found if self.target is None else found | {"calibration_target": torch.tensor(self.target).double()}
+        return (
+            found
+            if self.target is None
+            else found | {"calibration_target": torch.tensor(self.target, dtype=torch.float64)}
+        )
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what a checkpoint kept."""

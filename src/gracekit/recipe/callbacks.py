@@ -60,14 +60,21 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
         controller = self.trainer.objective.controller
         if self.calibration is not None and self.calibration.target is None:
             tau = self.calibration.add(value)
+            controller.skipped += ~self.calibration.values[-1].isfinite()
             if tau is not None:
                 controller.target = tau
             return
         controller.step(value, reduce="sum")
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Warn once when the multiplier has come to rest on a bound, and when the relational part is drowned."""
+        """Warn once when a step had no finite L_GDKD, the multiplier rests on a bound, or the relational part is drowned."""
         logs = logs or {}
+        if logs.get("skipped"):
+            self._warn(
+                "skipped",
+                f"L_GDKD was not finite in {logs['skipped']:.0f} steps up to step {state.global_step}, in which beta stayed "
+                "where it was",
+            )
         if "beta" in logs and self.trainer.objective.controller.lr:
             self._saturation(state)
         share = logs.get("rcka_gradient_share")
@@ -145,4 +152,5 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 def latest_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a training, or None."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{CONTROLLER_FILE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]  # a copy has another name
+    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

@@ -216,6 +216,11 @@ class RecipeConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     grace: GraceConfig = field(default_factory=GraceConfig)
 
+    def __post_init__(self) -> None:
+        calibration = self.grace.calibration()
+        if calibration is not None:
+            calibration.begin(self.train.steps)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, by the name of their part."""
         return asdict(self)
@@ -241,9 +246,10 @@ def parse(arguments: Sequence[str] | None, prog: str) -> RecipeConfig:
     )
     try:
         run, train, grace = parser.parse_args_into_dataclasses(args=arguments)
+        config = RecipeConfig(run=run, train=train, grace=grace)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    return RecipeConfig(run=run, train=train, grace=grace)
+    return config
 
 
 def _flatten(settings: dict[str, Any]) -> dict[str, Any]:

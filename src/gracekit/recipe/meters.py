@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import resource
 import sys
 import time
@@ -85,7 +86,10 @@ class Meters:
         if "gates" in total:
             controller = trainer.objective.controller
             entry["gate_mean"] = total["gates"] / max(1.0, supervised)
-            entry |= {"beta": controller.multiplier.item(), "ema": controller.ema.item(), "tau": controller.target}
+            entry |= {"beta": controller.multiplier.item(), "skipped": float(controller.skipped)}
+            ema = controller.ema.item()
+            entry |= {"ema": ema} if math.isfinite(ema) else {}  # there is none before the controller's first step
+            entry |= {"tau": controller.target} if trainer.tau_is_known() else {}
             saturated = int(controller.saturated_steps)
             entry["saturated_share"] = (saturated - self._saturated) / self._steps
             self._saturated = saturated

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gracekit._structure import find_output_head
@@ -40,19 +41,21 @@ class Pair:
     notes: list[str] = field(default_factory=list)
 
 
-def load_pair(config: TrainConfig) -> Pair:
+def load_pair(config: TrainConfig, *, teacher_weights: bool = True) -> Pair:
     """Load both models and their processors.
+
+    Args:
+        config: the settings.
+        teacher_weights: without them the teacher is on the meta device, for a run that has its answers.
 
     Raises:
         OSError: a directory or hub name that is none.
-        ValueError: a model that transformers knows no vision-language class for.
+        ValueError: a model that transformers knows no vision-language class for, one with quantised weights, or a broken file.
     """
-    from transformers import AutoModelForImageTextToText
-
-    student = AutoModelForImageTextToText.from_pretrained(config.pair.student, dtype=config.pair.dtype())
+    student = _load("student", config.pair.student, config.pair.dtype())
     teacher = teacher_processor = None
     if config.method.losses != "ce":
-        teacher = AutoModelForImageTextToText.from_pretrained(config.pair.teacher, dtype=torch.bfloat16)
+        teacher = _load("teacher", config.pair.teacher, torch.bfloat16, weights=teacher_weights)
         teacher_processor = load_processor(config.pair.teacher)
     return Pair(
         student=student,
@@ -60,6 +63,25 @@ def load_pair(config: TrainConfig) -> Pair:
         processor=load_processor(config.pair.student),
         teacher_processor=teacher_processor,
     )
+
+
+def _load(side: str, name: str, dtype: torch.dtype, *, weights: bool = True) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(name)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
+        raise ValueError(
+            f"{side} must be a model in plain weights, got a quantization_config ({getattr(method, 'value', method)}) in {name!r}"
+        )
+    if not weights:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{side} must have whole files of weights, got a broken one in {name!r}: {error}") from error
 
 
 def check_pair(pair: Pair, records: Sequence[Record]) -> list[str]:

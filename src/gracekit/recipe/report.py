@@ -161,9 +161,10 @@ def _plot_beta(results: dict[str, Any]) -> Any:
     for name, history in histories.items():
         style = "--" if "int4" in name else "-"
         for axis, part in ((left, "beta"), (right, "ema")):
+            shown = [entry for entry in history if part in entry]  # no average while tau is looked for
             axis.plot(
-                [e["step"] for e in history],
-                [e[part] for e in history],
+                [e["step"] for e in shown],
+                [e[part] for e in shown],
                 style,
                 color=COLOURS[name.partition("-")[0]],
                 label=name,

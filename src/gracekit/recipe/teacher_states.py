@@ -53,7 +53,7 @@ def compute_states(
         dataset: encoded samples.
         collate: makes a batch of a list of samples.
         folder: made where it does not exist.
-        about: what the answers depend on (models, data, lengths), plain values.
+        about: what the answers depend on (teacher, processor, data), plain values.
         device: where to compute.
         rank: of this process; shards are dealt out over all of them.
         advance: called with the number of samples done.
@@ -62,7 +62,13 @@ def compute_states(
         ValueError: the folder holds the answers to something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    described = {**about, "samples": len(dataset), "shard": SHARD}
+    described = {
+        **about,
+        "from_hidden": teacher.reader.from_hidden,
+        "visual": teacher.reader.visual is not None,
+        "samples": len(dataset),
+        "shard": SHARD,
+    }
     _check(folder, described)
     if rank == 0:
         write_json(folder / ABOUT, described)
@@ -100,22 +106,27 @@ class TeacherStates:
     Args:
         folder: where they are.
         about: what they must have been computed for.
+        visual: give visual tokens too. Answers that have them serve losses that take none as well.
+
+    Attributes:
+        from_hidden: whether they are hidden states, which have a head, and not logits.
 
     Raises:
         ValueError: they are incomplete, or of something else.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, about: Mapping[str, Any], *, visual: bool = True) -> None:
         self.folder = folder
-        path = folder / ABOUT
-        if not path.is_file():
+        described = read_about(folder)
+        if described is None:
             raise ValueError(f"teacher_states must be a folder of a teacher's answers, got {str(folder)!r}")
-        described = json.loads(path.read_text(encoding="utf-8"))
-        self.samples, self.shard = int(described["samples"]), int(described["shard"])
-        _check(folder, {**about, "samples": self.samples, "shard": self.shard})
-        missing = [n for n in range(-(-self.samples // self.shard)) if not _shard(folder, n).is_file()]
+        _check(folder, {**about, "visual": True} if visual else about)
+        missing = _missing(folder, described)
         if missing:
-            raise ValueError(f"teacher_states must be complete, got {len(missing)} missing shards in {str(folder)!r}")
+            raise ValueError(f"teacher_states must be complete, got {len(missing)} missing files in {str(folder)!r}")
+        self.samples, self.shard = int(described["samples"]), int(described["shard"])
+        self.from_hidden = bool(described["from_hidden"])
+        self._names = ("hidden", "logits", "tokens", "lengths") if visual else ("hidden", "logits")
 
     def head(self) -> Tensor | None:
         """Return the weight (V, d) of the teacher's output head; None where the answers are logits."""
@@ -124,9 +135,8 @@ class TeacherStates:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         with safe_open(_shard(self.folder, index // self.shard), "pt") as file:
-            names = ("hidden", "logits", "tokens", "lengths")
             keys = set(file.keys())
-            return {name: file.get_tensor(f"{index}.{name}") for name in names if f"{index}.{name}" in keys}
+            return {name: file.get_tensor(f"{index}.{name}") for name in self._names if f"{index}.{name}" in keys}
 
 
 class TaughtDataset(Dataset[dict[str, Any]]):
@@ -163,6 +173,39 @@ class TaughtCollator:
         return batch
 
 
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """Return what a folder's answers were computed for; None where it has none.
+
+    Raises:
+        ValueError: its description is not one.
+    """
+    path = folder / ABOUT
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"from_hidden", "visual", "samples", "shard"} <= found.keys():
+        raise ValueError(
+            f"teacher_states must be a folder of a teacher's answers, got another {ABOUT} in {str(folder)!r}"
+        )
+    return found
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has the answers for every sample, whatever they are of."""
+    described = read_about(folder)
+    return described is not None and not _missing(folder, described)
+
+
+def _missing(folder: Path, described: Mapping[str, Any]) -> list[Path]:
+    shards = -(-int(described["samples"]) // int(described["shard"]))
+    needed = [_shard(folder, number) for number in range(shards)]
+    needed += [folder / _HEAD] if described["from_hidden"] else []
+    return [path for path in needed if not path.is_file()]
+
+
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"states-{number:05d}.safetensors"
 
@@ -174,10 +217,9 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _check(folder: Path, described: Mapping[str, Any]) -> None:
-    path = folder / ABOUT
-    if not path.is_file():
+    there = read_about(folder)
+    if there is None:
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
     differing = [
         f"{name}: {there.get(name)!r} -> {value!r}" for name, value in described.items() if there.get(name) != value
     ]

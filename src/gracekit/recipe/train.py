@@ -7,13 +7,13 @@ never trained again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
@@ -27,13 +27,14 @@ from gracekit.recipe.conversations import Conversations, load_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
+from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.run_folder import DONE, open_run
 from gracekit.recipe.stages import write_json
-from gracekit.recipe.teacher_states import ABOUT, TaughtCollator, TaughtDataset, TeacherStates, compute_states
+from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset
 from gracekit.recipe.train_config import TrainConfig, parse
 from gracekit.recipe.trainer import GraceTrainer
 
-_SETTINGS, _DONE = "train.json", "training.json"
 _MODEL = "model"
 
 
@@ -55,7 +56,7 @@ def train(config: TrainConfig) -> Path:
     if not open_run(config, folder):
         return folder / _MODEL
     set_seed(config.training.seed)
-    pair = load_pair(config)
+    pair = load_pair(config, teacher_weights=not is_answered(config, folder))
     records = checked_records(config, pair, folder)
     dataset = ConversationDataset(records, pair.processor, config.data.max_length)
     trainer = make_trainer(config, pair, dataset, folder)
@@ -79,42 +80,6 @@ def train(config: TrainConfig) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finish(trainer, config, pair, folder)
     return folder / _MODEL
-
-
-def open_run(config: TrainConfig, folder: Path) -> bool:
-    """Make the run's folder ready; False if it holds a finished run of these settings.
-
-    Raises:
-        FileExistsError: it holds something else, or a run with other settings.
-    """
-    with config.training.main_process_first():  # the others find its settings file
-        return _open(config, folder)
-
-
-def _open(config: TrainConfig, folder: Path) -> bool:
-    settings = folder / _SETTINGS
-    if settings.is_file():
-        differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
-        if differences and not _begun(folder):
-            write_json(settings, config.as_dict())  # of a run that was refused or left before it kept anything
-        elif differences:
-            raise FileExistsError(
-                f"output_dir must be a new folder or a run with the same settings, got {str(folder)!r} with other ones "
-                f"(there -> asked for): {'; '.join(differences)}"
-            )
-        return not (folder / _DONE).is_file()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(
-            f"output_dir must be a new or empty folder, got {str(folder)!r}, which holds something else"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(settings, config.as_dict())
-    return True
-
-
-def _begun(folder: Path) -> bool:
-    kept = (folder / _DONE, folder / "teacher_states" / ABOUT)
-    return latest_checkpoint(folder) is not None or any(path.is_file() for path in kept)
 
 
 def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversations:
@@ -154,14 +119,15 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
     from_hidden = has_plain_head(pair.student, first)
     teacher, head = None, None
     data: Any = dataset
-    if pair.teacher is not None:
+    if pair.teacher is not None and config.pair.teacher_mode == "precomputed":
+        states = precompute(config, pair, dataset, collate, first, folder)
+        from_hidden = from_hidden and states.from_hidden
+        head = states.head()
+        head = head.to(config.training.device) if head is not None else None
+        pair.teacher = None
+        data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
+    elif pair.teacher is not None:
         teacher, from_hidden = _teacher(config, pair, first, from_hidden)
-        if config.pair.teacher_mode == "precomputed":
-            states = _precomputed(config, teacher, dataset, collate, folder)
-            head = states.head()
-            head = head.to(config.training.device) if head is not None else None
-            teacher, pair.teacher = None, None
-            data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
     prepare_student(config, pair.student)
     trainer = GraceTrainer(
         losses=config.method.losses,
@@ -213,37 +179,6 @@ def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden
     return teacher, teacher.reader.from_hidden
 
 
-def _precomputed(
-    config: TrainConfig, teacher: Teacher, dataset: ConversationDataset, collate: Any, folder: Path
-) -> TeacherStates:
-    where = Path(config.pair.teacher_states) if config.pair.teacher_states else folder / "teacher_states"
-    about = {
-        "teacher": config.pair.teacher,
-        "student": config.pair.student,
-        "data": config.data.data,
-        "max_length": config.data.max_length,
-        "from_hidden": teacher.reader.from_hidden,
-        "visual": teacher.reader.visual is not None,
-    }
-    training = config.training
-    with progress_bars() as bars:
-        task = bars.add_task("teacher: answer", total=len(dataset)) if training.process_index == 0 else None
-        compute_states(
-            teacher,
-            dataset,
-            collate,
-            where,
-            about,
-            device=training.device,
-            rank=training.process_index,
-            advance=lambda count: bars.advance(task, count) if task is not None else None,
-        )
-    if training.world_size > 1:
-        training.distributed_state.wait_for_everyone()
-    teacher.model.to("cpu")
-    return TeacherStates(where, about)
-
-
 def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path) -> None:
     """Write the trained model and what was measured, and remove the checkpoints: nothing is left to go on with."""
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
@@ -265,7 +200,7 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
     pair.processor.save_pretrained(output)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     done = {"environment": environment(config.training.device), "steps": trainer.state.global_step, "history": log}
-    write_json(folder / _DONE, done)
+    write_json(folder / DONE, done)
     for left in folder.glob("checkpoint-*"):
         shutil.rmtree(left)
     kind = f"with its learned scales ({SCALES_FILE})" if quantiser is not None else "in plain weights"
@@ -283,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(list(sys.argv[1:] if arguments is None else arguments))
         train(config)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         print(f"gracekit train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -16,6 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from gracekit._checks import check_choice, check_int
 from gracekit.quant import LSQConfig
 from gracekit.recipe.config import LOSSES, GraceConfig, option
+from gracekit.recipe.unhonoured import check_honoured, check_reports
 
 PRESETS = ("paper", "released", "small")
 # What may differ when a run is taken up again: where, how fast and how loud, not what is computed.
@@ -142,6 +144,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method.losses != "ce" and not self.pair.teacher:
             raise ValueError(f"teacher must name a model for losses={self.method.losses!r}, got teacher=''")
+        calibration = self.method.calibration()
+        if calibration is not None and self.training.max_steps > 0:
+            calibration.begin(self.training.max_steps)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return the settings as plain values, by the name of their part."""
@@ -176,33 +181,49 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """Return the settings of a command line: ``[FILE.yaml] [--preset NAME] [--option value ...]``.
 
     Raises:
-        ValueError: an unknown option, or one out of range.
+        ValueError: an unknown option, one out of range, or one that would not be followed.
         FileNotFoundError: there is no such file.
     """
     given = list(arguments)
     settings: dict[str, Any] = {}
-    if given and not given[0].startswith("-"):
-        settings = _read(Path(given.pop(0)))
-    name = settings.pop("preset", "paper")
-    if "--preset" in given:
-        place = given.index("--preset")
-        name = given[place + 1] if place + 1 < len(given) else ""
-        del given[place : place + 2]
+    path = Path(given.pop(0)) if given and not given[0].startswith("-") else None
+    if path is not None:
+        settings = _read(path)
+    before = ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--preset", nargs="?", const="", default=settings.pop("preset", "paper"))
+    chosen, given = before.parse_known_args(given)
     parser = HfArgumentParser(
         (PairConfig, DataConfig, MethodConfig, TrainArguments),
         prog="gracekit train",
         usage="%(prog)s [FILE.yaml] [--preset {paper,released,small}] [--option value ...]",
-        description="Distil a vision-language model into a student with INT4, INT8 or plain weights.",
+        description="Distil a vision-language model into a student with INT4, INT8 or plain weights. Defaults are those of "
+        f"--preset {chosen.preset}.",
+        allow_abbrev=False,
     )
-    parts = parser.parse_args_into_dataclasses(
-        args=[*_flags(preset(name)), *_flags(settings), *given], look_for_args_file=False
+    # As text, which argparse takes for what a command line says.
+    parser.set_defaults(**{name: str(value) for name, value in preset(chosen.preset).items()})
+    options = {action.dest for action in parser._actions}
+    for name, value in settings.items():
+        if str(name).replace("-", "_") not in options:
+            raise ValueError(f"every key must be an option of gracekit train, got {name!r} in {path}")
+        if value is None:
+            raise ValueError(f"{name} must have a value, or be left out, got null in {path}")
+    pair, data, method, training, *unknown = parser.parse_args_into_dataclasses(
+        args=[*_flags(settings), *given], look_for_args_file=False, return_remaining_strings=True
     )
-    pair, data, method, training = parts
+    if any(unknown):
+        raise ValueError(f"every option must be one of gracekit train, spelt out, got {' '.join(*unknown)}")
+    check_honoured(training)
+    check_reports(training.report_to)
     return TrainConfig(pair=pair, data=data, method=method, training=training)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the settings file must be YAML, got {str(path)!r}: {reason}") from error
     if not isinstance(found, dict):
         raise ValueError(
             f"the settings file must be a mapping of option to value, got {type(found).__name__} in {path}"
@@ -214,8 +235,6 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
     """Spell settings as a command line does."""
     flags: list[str] = []
     for name, value in settings.items():
-        if value is None:
-            continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         flags += [f"--{name}", *map(str, values)]
     return flags

@@ -97,7 +97,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         # Before transformers 5.23 this is what keeps it from dividing by the number of micro-batches.
         self.model_accepts_loss_kwargs = True
         self.losses, self.objective = losses, objective.to(self.args.device)
-        self.teacher, self.teacher_head = teacher, teacher_head
+        self.teacher, self.teacher_head, self.calibration = teacher, teacher_head, calibration
         self.from_hidden = from_hidden
         self.reader = Reader(self.model, from_hidden=from_hidden, visual=losses in ("rcka", "grace"))
         self.meters = Meters(self.args.device)
@@ -105,6 +105,10 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(ControllerCallback(self, relational_warmup=relational_warmup, calibration=calibration))
+
+    def tau_is_known(self) -> bool:
+        """Whether the controller has its target; not so while it is still looked for."""
+        return self.calibration is None or self.calibration.target is not None
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
