@@ -23,7 +23,7 @@ from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.quant.lsq import LSQFakeQuantizer
 from gracekit.recipe.batches import ConversationCollator, ConversationDataset
 from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
-from gracekit.recipe.conversations import Conversations, load_conversations
+from gracekit.recipe.conversations import Conversations, find_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Path:
         trainer,
         f"{len(records):,} records, {coverage(pair.student) if config.pair.quantiser() else 'no learned scales'}",
     )
-    for note in pair.notes:
+    for note in filter(None, (records.note(), *pair.notes)):
         _say(trainer, note)
     checkpoint = latest_checkpoint(folder)
     if checkpoint is not None:
@@ -132,7 +132,7 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
             if task is not None:
                 bars.advance(task, count)
 
-        records = load_conversations(
+        records = find_conversations(
             data.data,
             data.image_folder or None,
             on_bad_record=data.on_bad_record,
