@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+BAD_RECORDS = "bad_records.jsonl"
 _SHOWN = 20
 _WINDOW = 1024
 _Found = TypeVar("_Found")

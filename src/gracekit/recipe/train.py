@@ -21,6 +21,7 @@ from transformers.trainer_callback import ProgressCallback
 from gracekit.quant import coverage, load_qat, prepare_qat, save_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.quant.lsq import LSQFakeQuantizer
+from gracekit.recipe.bad_records import BAD_RECORDS
 from gracekit.recipe.batches import ConversationCollator, ConversationDataset
 from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
 from gracekit.recipe.conversations import Conversations, find_conversations
@@ -137,7 +138,7 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
             data.image_folder or None,
             on_bad_record=data.on_bad_record,
             # One writer; the other ranks find the same.
-            bad_records_file=folder / "bad_records.jsonl" if training.process_index == 0 else None,
+            bad_records_file=folder / BAD_RECORDS if training.process_index == 0 else None,
             advance=advance,
         )
         problems = check_pair(pair, records)
