@@ -135,7 +135,7 @@ def _plot_losses(results: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), squeeze=False)
     for axis, part in zip(axes[0], shown, strict=True):
         for name, history in histories.items():
-            points = [(entry["step"], entry[part]) for entry in history if entry.get(part, 0.0) > 0.0]
+            points = [(entry["step"], entry[part]) for entry in history if (entry.get(part) or 0.0) > 0.0]
             if points:
                 losses = name.partition("-")[0]
                 axis.plot(
