@@ -190,7 +190,7 @@ def _interval(mean: float, low: float | None, sign: str = "+") -> str:
 def _average(ends: list[dict[str, float | None]], name: str, scale: float = 1.0, form: str = ".3f") -> str:
     if name not in ends[0]:
         return ""
-    values = [end[name] for end in ends if end[name] is not None]
+    values = [value for end in ends if (value := end[name]) is not None]
     return format(scale * sum(values) / len(values), form) if len(values) == len(ends) else "-"
 
 
