@@ -243,7 +243,7 @@ def test_one_error_lists_what_both_passes_found(tmp_path):
     skipped = find_conversations(path, on_bad_record="skip", bad_records_file=file).check_lengths(Counting(), 8)
     assert [record.index for record in skipped] == [2]
     assert skipped.note() == (
-        f"Left out: 3 bad of 4 (1 no conversation, 1 cannot be encoded, 1 too long) records; they are in {file}"
+        f"3 of 4 records left out (1 no conversation, 1 cannot be encoded, 1 too long), listed in {file}"
     )
     with pytest.raises(BadRecordsError, match="at least one good record, got 1 bad of 1"):
         load_conversations(write(tmp_path, [{"id": "x"}]), on_bad_record="skip")

@@ -246,6 +246,7 @@ def test_a_try_that_got_no_answer_does_not_block_its_folder(llava, data, tmp_pat
     assert main(arguments(tmp_path / "mistyped", data, output)) == 2
     assert main(arguments(llava, data.parent / "bad.json", output)) == 2
     assert f"also in {output / 'bad_records.jsonl'}" in capsys.readouterr().err
+    (output / "answers.jsonl").touch()  # as an interruption before the first answer leaves it
     assert main(arguments(llava, data, output)) == 0
     assert not (output / "bad_records.jsonl").exists()
     assert json.loads((output / "settings.json").read_text())["data"] == str(data)
@@ -292,7 +293,10 @@ def test_skipped_records_are_said_counted_and_written(llava, data, tmp_path, cap
     assert (result["bad_records"]["count"], result["bad_records"]["kinds"]) == (4, kinds)
     lines = (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
-    assert "Left out: 4 bad of 10" in capsys.readouterr().out
+    assert (
+        "4 of 10 records left out (2 wrong answers, 1 no conversation, 1 cannot be encoded), listed in"
+        in capsys.readouterr().out
+    )
 
 
 def test_bad_records_stop_with_all_of_them_before_the_model_is_loaded(llava, data, tmp_path, monkeypatch, capsys):

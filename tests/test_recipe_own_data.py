@@ -289,7 +289,7 @@ def test_bad_records_may_be_skipped_in_the_folder_of_a_run_that_was_refused(tmp_
     assert cli.main(arguments(folder, tmp_path / "run", "--losses", "ce")) == 2
     assert cli.main(arguments(folder, tmp_path / "run", "--losses", "ce", "--on_bad_record", "skip")) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"train.json: Left out: 1 bad of 12 (1 missing image) records; they are in {tmp_path / 'run'}" in said
+    assert f"train.json: 1 of 12 records left out (1 missing image), listed in {tmp_path / 'run'}" in said
     assert not (tmp_path / "run" / "bad_records-test.jsonl").exists()
     data = read(tmp_path / "run")["data"]
     assert (data["train_images"], data["train_bad_records"], data["test_bad_records"]) == (11, 1, 0)

@@ -149,7 +149,7 @@ def test_bad_records_are_all_listed_and_written_before_anything_is_trained(home,
     assert main(arguments(home, output, "--data", path, "--on_bad_record", "skip")) == 0
     assert len((output / "bad_records.jsonl").read_text().splitlines()) == 3
     said = " ".join(capsys.readouterr().out.split())
-    assert "Left out: 3 bad of 10 (1 cannot be encoded, 1 missing image, 1 empty answer) records" in said
+    assert "3 of 10 records left out (1 cannot be encoded, 1 missing image, 1 empty answer), listed in" in said
     assert "bad_records.jsonl" in said
 
 

@@ -53,7 +53,8 @@ class BadRecordsError(ValueError):
             lines.append(f"  and {len(self.records) - _SHOWN:,} more: all are in {where}")
         elif file is not None:
             lines.append(f"  also in {file}")
-        super().__init__(f"data must hold {rule}, got {_counted(self.records, total)}:\n" + "\n".join(lines))
+        found = f"{len(self.records):,} bad of {total:,} ({_kinds(self.records)})"
+        super().__init__(f"data must hold {rule}, got {found}:\n" + "\n".join(lines))
 
 
 def count_kinds(records: Sequence[BadRecord]) -> dict[str, int]:
@@ -63,13 +64,12 @@ def count_kinds(records: Sequence[BadRecord]) -> dict[str, int]:
 
 def left_out(records: Sequence[BadRecord], total: int, file: Path | None = None) -> str:
     """Return a line on records that were left out, for those who read along."""
-    where = f"; they are in {file}" if file is not None else ""
-    return f"Left out: {_counted(records, total)} records{where}"
+    where = f", listed in {file}" if file is not None else ""
+    return f"{len(records):,} of {total:,} records left out ({_kinds(records)}){where}"
 
 
-def _counted(records: Sequence[BadRecord], total: int) -> str:
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in count_kinds(records).items())
-    return f"{len(records):,} bad of {total:,} ({kinds})"
+def _kinds(records: Sequence[BadRecord]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in count_kinds(records).items())
 
 
 def settle(

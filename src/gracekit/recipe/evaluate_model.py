@@ -38,10 +38,13 @@ def open_answers(output: Path, settings: dict[str, Any]) -> dict[tuple[int, int]
         FileExistsError: the folder holds something else, or answers of another model or to another set.
     """
     described, kept = output / "settings.json", output / "answers.jsonl"
+    written = kept.read_bytes() if kept.is_file() else b""
+    # What follows the last line break was being written when the run ended.
+    whole = written[: written.rfind(b"\n") + 1]
     if described.is_file():
         there, asked = (json.loads(text) for text in (described.read_text(encoding="utf-8"), json.dumps(settings)))
         different = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
-        if different and kept.is_file():
+        if different and whole:
             raise FileExistsError(
                 f"output must be a new folder or an evaluation of the same, got {str(output)!r} with another "
                 f"{', '.join(different)}"
@@ -50,12 +53,8 @@ def open_answers(output: Path, settings: dict[str, Any]) -> dict[tuple[int, int]
         raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
     output.mkdir(parents=True, exist_ok=True)
     write_json(described, settings)  # also over those of a try that got no answer
-    if not kept.is_file():
-        return {}
-    # What follows the last line break was being written when the run ended.
-    written = kept.read_bytes()
-    whole = written[: written.rfind(b"\n") + 1]
-    os.truncate(kept, len(whole))
+    if len(whole) < len(written):
+        os.truncate(kept, len(whole))
     lines = [json.loads(line) for line in whole.splitlines()]
     return {(line["record"], line["turn"]): line["answer"] for line in lines}
 

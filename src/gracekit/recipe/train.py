@@ -58,13 +58,15 @@ def train(config: TrainConfig) -> Path:
     set_seed(config.training.seed)
     pair = load_pair(config)
     records = checked_records(config, pair, folder)
+    if records.bad and config.training.process_index == 0:
+        say(records.note())
     dataset = ConversationDataset(records, pair.processor, config.data.max_length)
     trainer = make_trainer(config, pair, dataset, folder)
     _say(
         trainer,
         f"{len(records):,} records, {coverage(pair.student) if config.pair.quantiser() else 'no learned scales'}",
     )
-    for note in filter(None, (records.note(), *pair.notes)):
+    for note in pair.notes:
         _say(trainer, note)
     checkpoint = latest_checkpoint(folder)
     if checkpoint is not None:
