@@ -8,7 +8,7 @@ import pytest
 from conversation_cases import drawing, turns, write_llava, write_pictures
 from PIL import Image
 
-from gracekit.recipe.conversations import BadRecordsError, Turn, load_conversations, open_images
+from gracekit.recipe.conversations import BadRecordsError, Turn, find_conversations, load_conversations, open_images
 
 GOOD = {"id": "good", "conversations": turns("one ?", "one")}
 TWO_SIDED = [{"role": "user", "content": "one ?"}, {"role": "assistant", "content": "one"}]
@@ -116,7 +116,12 @@ def bad_records(folder):
         "empty answer": {"conversations": turns("a", "  ")},
         "image marker outside a user's turn": {"conversations": turns("a", "<image>")},
         "unknown role": {"conversations": [{"from": "nobody", "value": "x"}]},
+        "unknown role ": {"conversations": [{"from": ["human"], "value": "x"}]},
         "no text": {"conversations": [{"from": "human", "value": 3}]},
+        "no text ": {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}, TWO_SIDED[1]]},
+        "no text  ": {"messages": [{"role": "user", "content": [{"type": "text", "text": 0}]}, TWO_SIDED[1]]},
+        "no Unicode text": {"conversations": turns("half \ud83d a pair", "x")},
+        "missing image ": {"image": "n" * 5000, "conversations": asked},
         "no conversation": {"id": "x"},
         "no record": "text",
         "unknown content": {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
@@ -138,9 +143,10 @@ def test_every_bad_record_is_named_before_training(tmp_path):
     with pytest.raises(BadRecordsError) as caught:
         load_conversations(path)
     assert [record.kind for record in caught.value.records] == [kind.strip() for kind in bad]
+    assert max(len(record.reason) for record in caught.value.records) < 400
     assert [record.index for record in caught.value.records] == list(range(1, len(bad) + 1))
     text = str(caught.value)
-    assert "got 15 bad of 17 (2 broken image, 1 missing image, 1 number of image markers" in text
+    assert "got 20 bad of 22 (3 no text, 2 missing image, 2 broken image, 2 unknown role, 1 number" in text
     assert f"record 1 ('1'): missing image: {tmp_path / 'none.png'}" in text
     assert "record 3 ('3'): number of image markers: 1 images and 0 <image> in the user's turns" in text
 
@@ -151,13 +157,17 @@ def test_a_trailing_question_and_a_leading_answer_do_not_alternate(tmp_path):
             load_conversations(write(tmp_path, [{"conversations": said}]))
 
 
-def test_the_message_stays_readable_with_many_bad_records(tmp_path):
+def test_the_message_stays_readable_with_many_bad_records_and_names_the_file_of_all(tmp_path):
     path = write(tmp_path, [{"id": "x"}] * 1234 + [GOOD], "data.jsonl")
-    with pytest.raises(BadRecordsError) as caught:
-        load_conversations(path)
-    assert len(caught.value.records) == 1234
-    assert len(str(caught.value).splitlines()) == 22
-    assert str(caught.value).endswith("and 1,214 more")
+    for file, named in ((None, "the records of this error"), (tmp_path / "new" / "bad.jsonl",) * 2):
+        with pytest.raises(BadRecordsError) as caught:
+            load_conversations(path, bad_records_file=file)
+        assert len(caught.value.records) == 1234
+        assert len(str(caught.value).splitlines()) == 22
+        assert str(caught.value).endswith(f"and 1,214 more: all are in {named}")
+    assert [json.loads(line)["index"] for line in file.read_text().splitlines()] == list(range(1234))
+    load_conversations(write(tmp_path, [GOOD]), bad_records_file=file)
+    assert not file.exists()
 
 
 def test_skipped_records_are_counted_and_written(tmp_path):
@@ -166,7 +176,7 @@ def test_skipped_records_are_counted_and_written(tmp_path):
     left_out = tmp_path / "run" / "bad.jsonl"
     records = load_conversations(path, on_bad_record="skip", bad_records_file=left_out)
     assert [record.index for record in records] == [0, len(bad) + 1]
-    assert [record.kind for record in records.bad] == list(bad)
+    assert [record.kind for record in records.bad] == [kind.strip() for kind in bad]
     written = [json.loads(line) for line in left_out.read_text().splitlines()]
     assert [(w["index"], w["kind"]) for w in written] == [(record.index, record.kind) for record in records.bad]
     assert [p.name for p in left_out.parent.iterdir()] == ["bad.jsonl"]
@@ -210,7 +220,7 @@ def test_records_that_are_too_long_or_cannot_be_encoded_are_treated_alike(tmp_pa
     records = records.check_lengths(Counting(), 5, advance=done.append)
     assert sum(done) == 4
     assert [record.index for record in records] == [0, 1]
-    assert [(bad.index, bad.reason) for bad in records.bad[1:]] == [
+    assert [(bad.index, bad.reason) for bad in records.bad[:2]] == [
         (2, "too long: 6 tokens, max_length=5"),
         (3, "cannot be encoded: no digits, got 'a7'"),
     ]
@@ -219,6 +229,24 @@ def test_records_that_are_too_long_or_cannot_be_encoded_are_treated_alike(tmp_pa
         load_conversations(write(tmp_path, [{"conversations": said[2]}])).check_lengths(Counting(), 5)
     with pytest.raises(BadRecordsError, match=r"got 1 bad of 1 \(1 too long\)"):
         load_conversations(path, on_bad_record="skip").check_lengths(Counting(), 1)
+
+
+def test_one_error_lists_what_both_passes_found(tmp_path):
+    path = write(
+        tmp_path, [{"id": "x"}, {"conversations": turns("a", "7")}, GOOD, {"conversations": turns("a" * 9, "b")}]
+    )
+    file = tmp_path / "bad.jsonl"
+    with pytest.raises(BadRecordsError, match=f"also in {file}") as caught:
+        find_conversations(path, bad_records_file=file).check_lengths(Counting(), 8)
+    assert [bad.kind for bad in caught.value.records] == ["no conversation", "cannot be encoded", "too long"]
+    assert len(file.read_text().splitlines()) == 3
+    skipped = find_conversations(path, on_bad_record="skip", bad_records_file=file).check_lengths(Counting(), 8)
+    assert [record.index for record in skipped] == [2]
+    assert skipped.note() == (
+        f"3 of 4 records left out (1 no conversation, 1 cannot be encoded, 1 too long), listed in {file}"
+    )
+    with pytest.raises(BadRecordsError, match="at least one good record, got 1 bad of 1"):
+        load_conversations(write(tmp_path, [{"id": "x"}]), on_bad_record="skip")
 
 
 def test_a_picture_that_is_cut_off_is_found_when_lengths_are_checked(tmp_path):

@@ -82,7 +82,7 @@ def test_every_question_is_in_one_example_and_its_answer_is_what_is_supervised(t
         assert torch.equal(target, batch["input_ids"][0][labels != IGNORE_INDEX])
         answers = tokenizer.decode(target).split("</s>")[:-1]
         assert 1 <= len(answers) <= 4
-        seen += [(int(packed.image_index[index]), answer.strip()) for answer in answers]
+        seen += [(int(packed.scene_index[index]), answer.strip()) for answer in answers]
     assert sorted(seen) == sorted((question.image, question.answer) for question in split.questions)
 
 

@@ -1,7 +1,9 @@
 """gracekit evaluate: its answers are those of generate asked one by one, in each precision, and none is asked twice."""
 
 import json
+import shutil
 
+import datasets
 import pytest
 import torch
 from conversation_cases import llava_records, save_pair, turns, write_llava, write_pictures
@@ -127,6 +129,35 @@ def test_the_result_is_the_mean_of_the_scores_with_its_standard_error(llava, dat
     assert result["environment"]["packages"]["torch"]
 
 
+def test_a_folder_is_run_in_what_it_holds_and_in_nothing_less(llava, trained, data, tmp_path, capsys):
+    model = AutoModelForImageTextToText.from_pretrained(llava, dtype="auto")
+    prepare_qat(model, LSQConfig(bits=8, group_size=32))
+    save_qat(model, wide := tmp_path / "wide")
+    convert(model, "portable", dtype=torch.bfloat16).to(torch.bfloat16).save_pretrained(packed := tmp_path / "packed")
+    more = ["--processor", str(llava)]
+    for folder, precision, kernel in (
+        (llava, "bf16", "torch"),
+        (trained, "int4", "Int4OpaqueTensor"),
+        (wide, "int8", "IntxUnpackedToInt8Tensor"),
+        (packed, "int8", "IntxUnpackedToInt8Tensor"),
+    ):
+        assert main(arguments(folder, data, tmp_path / "out" / folder.name, *more)) == 0
+        result = json.loads((tmp_path / "out" / folder.name / "result.json").read_text())
+        assert (result["settings"]["precision"], kernel in result["kernel"]) == (precision, True)
+        assert f"; {precision}, " in capsys.readouterr().out
+    for folder, precision, message in (
+        (trained, "bf16", "precision must be int4 for .* which has learned scales, .* got 'bf16'"),
+        (trained, "fp32", "got 'fp32'"),
+        (trained, "int4-rtn", "got 'int4-rtn'"),
+        (packed, "bf16", "precision must be int8 for .* which has packed codes, got 'bf16'"),
+        (wide, "int4", "precision int4 needs learned scales or packed codes of it, got one of int8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model(folder, precision, CPU)
+        assert main(arguments(folder, data, tmp_path / "refused", *more, "--precision", precision)) == 2
+        assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32", "fake", "int4-rtn", "int4"])
 def test_each_precision_is_the_library_own_form_of_the_model(llava, trained, precision):
     folder = trained if precision in ("fake", "int4") else llava
@@ -189,12 +220,36 @@ def test_a_finished_evaluation_asks_nothing_and_a_broken_off_one_asks_the_rest(l
 
 def test_another_model_precision_or_set_in_the_same_folder_is_refused(llava, data, tmp_path, capsys):
     assert main(arguments(llava, data, tmp_path)) == 0
-    assert main(arguments(llava, data, tmp_path, "--precision", "fp32")) == 2
-    assert "with another precision" in capsys.readouterr().err
+    for option, value, name in (
+        ("--precision", "fp32", "precision"),
+        ("--images", data.parent, "images"),
+        ("--processor", llava, "processor"),
+        ("--on-bad-record", "skip", "on_bad_record"),
+    ):
+        assert main(arguments(llava, data, tmp_path, option, str(value))) == 2
+        assert f"with another {name}" in capsys.readouterr().err
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "thesis.txt").write_text("years of work")
     assert main(arguments(llava, data, tmp_path / "else")) == 2
     assert "holds something" in capsys.readouterr().err
+
+
+def test_a_try_that_got_no_answer_does_not_block_its_folder(llava, data, tmp_path, capsys):
+    """A mistyped model, then bad records, then the right command, all with one output."""
+    records = json.loads(data.read_text())
+    (data.parent / "bad.json").write_text(json.dumps([{"id": "x"}, *records]))
+    output = tmp_path / "out"
+    broken = tmp_path / "broken"
+    shutil.copytree(llava, broken)
+    (broken / "model.safetensors").unlink()
+    assert main(arguments(broken, data, output)) == 2
+    assert main(arguments(tmp_path / "mistyped", data, output)) == 2
+    assert main(arguments(llava, data.parent / "bad.json", output)) == 2
+    assert f"also in {output / 'bad_records.jsonl'}" in capsys.readouterr().err
+    (output / "answers.jsonl").touch()  # as an interruption before the first answer leaves it
+    assert main(arguments(llava, data, output)) == 0
+    assert not (output / "bad_records.jsonl").exists()
+    assert json.loads((output / "settings.json").read_text())["data"] == str(data)
 
 
 def test_nothing_is_kept_of_a_line_that_was_being_written(tmp_path):
@@ -217,6 +272,53 @@ def test_several_peoples_answers_come_from_the_record(tmp_path):
     (tmp_path / "two.json").write_text(json.dumps([record | {"answers": people}]))
     with pytest.raises(ValueError, match="answers must be those to a record's one question, got 10 for 2"):
         read_questions(tmp_path / "two.json", None)
+
+
+def bad_questions(data):
+    """The set with four records more that are no questions: two cannot be read, one not encoded, one not judged."""
+    special = {"conversations": turns("</s> what ?", "that")}
+    answers = {"conversations": turns("what ?", "that"), "answers": 3}
+    nameless = {"conversations": turns("what ?", "that"), "answers": [{"text": "that"}]}
+    path = data.with_name("some-bad.json")
+    path.write_text(json.dumps([{"id": "x"}, special, answers, nameless, *json.loads(data.read_text())]))
+    return path
+
+
+def test_skipped_records_are_said_counted_and_written(llava, data, tmp_path, capsys):
+    assert main(arguments(llava, bad_questions(data), tmp_path / "out", "--on-bad-record", "skip")) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["records"], result["questions"]) == (10, len(read_questions(data)))
+    kinds = {"no conversation": 1, "cannot be encoded": 1, "wrong answers": 2}
+    assert result["bad_records"]["file"] == "bad_records.jsonl"
+    assert (result["bad_records"]["count"], result["bad_records"]["kinds"]) == (4, kinds)
+    lines = (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2, 3]
+    assert (
+        "4 of 10 records left out (2 wrong answers, 1 no conversation, 1 cannot be encoded), listed in"
+        in capsys.readouterr().out
+    )
+
+
+def test_bad_records_stop_with_all_of_them_before_the_model_is_loaded(llava, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_model, "load_model", lambda *given, **more: pytest.fail("loaded"))
+    assert main(arguments(llava, bad_questions(data), tmp_path / "out")) == 2
+    message = capsys.readouterr().err
+    assert "got 4 bad of 10" in message
+    assert all(f"record {index} (" in message for index in range(4))
+    assert "answers must be a list of texts, got '3'" in message
+
+
+def test_a_data_set_that_datasets_saved_asks_the_questions_of_its_file(llava, data, tmp_path):
+    records = [one for one in json.loads(data.read_text()) if not isinstance(one.get("image"), list)]
+    (listed := data.with_name("listed.json")).write_text(json.dumps(records))
+    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "saved")
+    for given, output in ((listed, "file"), (tmp_path / "saved", "set")):
+        assert main(arguments(llava, given, tmp_path / output, "--images", str(data.parent))) == 0
+    assert answers(tmp_path / "set") == answers(tmp_path / "file")
+    datasets.Dataset.from_list(records[1:]).save_to_disk(tmp_path / "other")
+    shutil.rmtree(tmp_path / "saved")
+    shutil.move(tmp_path / "other", tmp_path / "saved")
+    assert main(arguments(llava, tmp_path / "saved", tmp_path / "set", "--images", str(data.parent))) == 2
 
 
 @pytest.mark.parametrize(

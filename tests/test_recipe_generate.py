@@ -7,10 +7,10 @@ import transformers
 from PIL import Image
 
 from gracekit.quant import LSQConfig, convert, prepare_qat, save_qat
-from gracekit.recipe.answering import load_model
+from gracekit.recipe.answering import load_model, precision_of
 from gracekit.recipe.cli import main
 from gracekit.recipe.data import load_easy_vqa
-from gracekit.recipe.generate import answer, precision_of
+from gracekit.recipe.generate import answer
 from gracekit.recipe.models import load_teacher
 from gracekit.recipe.processors import load_processor
 from gracekit.recipe.record_format import Turn
@@ -82,6 +82,11 @@ def test_the_kind_of_a_folder_is_seen_in_its_files(tmp_path):
     assert precision_of(tmp_path / "trained", int4=False) == "int4"
     convert(model, "portable").save_pretrained(tmp_path / "packed")
     assert precision_of(tmp_path / "packed", int4=False) == "int4"
+    wide = transformers.LlavaForConditionalGeneration.from_pretrained(plain)
+    prepare_qat(wide, LSQConfig(bits=8, group_size=32))
+    save_qat(wide, tmp_path / "wide")
+    convert(wide, "reference").save_pretrained(tmp_path / "reference")
+    assert [precision_of(tmp_path / name) for name in ("wide", "reference")] == ["int8", "int8"]
     settings = (tmp_path / "packed" / "config.json").read_text().replace('"torchao"', '"awq"')
     (tmp_path / "packed" / "config.json").write_text(settings)
     with pytest.raises(ValueError, match="got 'awq'"):

@@ -12,7 +12,16 @@ from gracekit.recipe import cli
 from gracekit.recipe.bad_records import BadRecordsError
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.conversations import load_conversations
-from gracekit.recipe.data import Question, build_tokenizer, encode, longest_answer, prefix_text, question_text
+from gracekit.recipe.data import (
+    PackedVqa,
+    Question,
+    build_tokenizer,
+    encode,
+    longest_answer,
+    prefix_text,
+    question_text,
+)
+from gracekit.recipe.models import load_teacher, teacher_outputs
 from gracekit.recipe.own_data import describe, load_splits
 from gracekit.recipe.processors import load_processor
 
@@ -90,6 +99,64 @@ def test_answers_are_compared_as_models_write_them(tmp_path):
     assert longest_answer(test.questions) == len(encode(tokenizer, [answer])[0]) + 1
 
 
+def test_questions_are_about_the_pictures_of_their_record_several_or_none(tmp_path):
+    folder = make_folder(tmp_path)
+    images = ("images/1.png", "images/0.png")
+    records = [
+        {"image": images[0], "conversations": turns("<image>one ?", "a")},
+        {"image": list(images), "conversations": turns("<image> and <image> two ?", "b")},
+        {"conversations": turns("none ?", "c")},
+        {"conversations": turns("none again ?", "d")},
+    ]
+    (folder / "train.json").write_text(json.dumps(records))
+    train, _ = load_splits(RunConfig(data=str(folder), image_size=16))
+    assert train.scenes == ((0,), (0, 1), ())
+    assert train.questions == [
+        Question(0, "one ?", "a"),
+        Question(1, "and two ?", "b"),
+        Question(2, "none ?", "c"),
+        Question(2, "none again ?", "d"),
+    ]
+    tokenizer = build_tokenizer(text for q in train.questions for text in (q.text, q.answer))
+    packed = PackedVqa(train, tokenizer, image_tokens=4)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert (packed.input_ids == image).sum(1).tolist() == [4, 8, 0]
+    batch = packed.collate([2, 1, 0])
+    assert torch.equal(batch["pixel_values"], train.pixels([0, 1, 0]))
+    assert packed.places(torch.tensor([1, 0])) == [1, 2, 0]
+    assert "pixel_values" not in packed.collate([2])
+
+
+def test_a_run_learns_and_answers_with_several_pictures_and_with_none(tmp_path):
+    """Packed answers of the teacher are those to each question alone, and the students' files ask as they were trained."""
+    for name in ("train.json", "test.json"):
+        write_llava(tmp_path / "data", 10, name=name)
+    more = ("--losses", "grace", "--batch_size", "1")
+    assert cli.main(arguments(tmp_path / "data", tmp_path / "run", *more)) == 0
+    results = read(tmp_path / "run")
+    assert results["questions"] == 16
+    train, _ = load_splits(RunConfig(data=str(tmp_path / "data"), image_size=16))
+    assert {len(scene) for scene in train.shown} == {0, 1, 2}
+    model, tokenizer = load_teacher(str(tmp_path / "run" / "teacher"))
+    found = teacher_outputs(model, train, tokenizer, batch_size=3)
+    first = 0
+    for question in train.questions:
+        scene = train.shown[question.image]
+        prompt = prefix_text(4, len(scene)) + question_text(question.text)
+        (ids, answer) = encode(tokenizer, [prompt, f"{question.answer}"])
+        pixels = {"pixel_values": train.pixels(list(scene))} if scene else {}
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + answer]), **pixels).logits[0, len(ids) - 1 :]
+        torch.testing.assert_close(found.logits[first : first + len(logits)].float(), logits, rtol=1e-2, atol=2e-2)
+        first += len(logits)
+    processor = load_processor(tmp_path / "run" / "models" / "grace-int4-qat")
+    for record in load_conversations(tmp_path / "data" / "train.json")[2:5]:
+        asked = processor.encode(record.turns[:1], record.images, add_generation_prompt=True)
+        words = " ".join(record.turns[0].text.replace("<image>", " ").split())
+        expected = prefix_text(4, len(record.images)) + question_text(words)
+        assert asked["input_ids"].tolist() == encode(processor.tokenizer, [expected])[0]
+
+
 def test_unknown_words_of_the_test_set_are_counted(tmp_path):
     folder = with_test(
         make_folder(tmp_path),
@@ -115,8 +182,7 @@ def test_records_that_the_small_recipe_cannot_take_are_all_named(tmp_path):
     asked = turns("<image>what ?", "that")
     records = [
         {"image": "images/0.png", "conversations": asked},
-        {"conversations": turns("what ?", "that")},
-        {"image": ["images/0.png"] * 2, "conversations": turns("<image><image>what ?", "that")},
+        {"image": ["images/0.png"] * 4, "conversations": turns("<image>" * 4 + "what ?", "that")},
         {"image": "images/0.png", "conversations": [{"from": "system", "value": "Hello."}, *asked]},
         {"image": "images/0.png", "conversations": turns("<image>", "that")},
         {"image": "images/0.png", "conversations": turns("<image>what ?", "</s>")},
@@ -127,13 +193,12 @@ def test_records_that_the_small_recipe_cannot_take_are_all_named(tmp_path):
     with pytest.raises(BadRecordsError) as caught:
         load_splits(RunConfig(data=str(folder), image_size=16))
     assert [(bad.index, bad.kind) for bad in caught.value.records] == [
-        (1, "not one image"),
-        (2, "not one image"),
-        (3, "system turn"),
-        (4, "no words"),
-        (5, "special token"),
-        (6, "broken image"),
-        (7, "missing image"),
+        (1, "too many images"),
+        (2, "system turn"),
+        (3, "no words"),
+        (4, "special token"),
+        (5, "broken image"),
+        (6, "missing image"),
     ]
 
 
@@ -207,8 +272,29 @@ def test_what_is_wrong_is_said_before_any_training(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     (folder / "images" / "3.png").unlink()
     assert cli.main(arguments(folder, tmp_path / "run")) == 2
-    assert "got 1 bad of 12 (1 missing image)" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "train.json: data must hold" in message
+    assert "got 1 bad of 12 (1 missing image)" in message
+    assert "got 1 bad of 6 (1 missing image)" in message
+    for name in ("train", "test"):
+        file = tmp_path / "run" / f"bad_records-{name}.jsonl"
+        assert str(file) in message
+        assert len(file.read_text().splitlines()) == 1
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_bad_records_may_be_skipped_in_the_folder_of_a_run_that_was_refused(tmp_path, capsys):
+    folder = make_folder(tmp_path / "data")
+    (folder / "images" / "10.png").unlink()
+    assert cli.main(arguments(folder, tmp_path / "run", "--losses", "ce")) == 2
+    assert cli.main(arguments(folder, tmp_path / "run", "--losses", "ce", "--on_bad_record", "skip")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"train.json: 1 of 12 records left out (1 missing image), listed in {tmp_path / 'run'}" in said
+    assert not (tmp_path / "run" / "bad_records-test.jsonl").exists()
+    data = read(tmp_path / "run")["data"]
+    assert (data["train_images"], data["train_bad_records"], data["test_bad_records"]) == (11, 1, 0)
+    assert cli.main(arguments(folder, tmp_path / "run", "--losses", "ce", "--seed", "1")) == 2
+    assert "run.seed: 0 -> 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -226,6 +312,6 @@ def test_settings_are_checked(options, message):
 
 
 def test_settings_of_own_data_need_them():
-    for name, value in (("image_size", 32), ("image_folder", "x"), ("teacher_steps", 10)):
+    for name, value in (("image_size", 32), ("image_folder", "x"), ("teacher_steps", 10), ("on_bad_record", "skip")):
         with pytest.raises(ValueError, match=f"{name} must not be given without data"):
             RunConfig(**{name: value})

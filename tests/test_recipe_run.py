@@ -1,6 +1,7 @@
 """The whole recipe in seconds: what it writes, that it goes on after a kill, and that it overwrites nothing."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from recipe_cases import save_tiny_teacher, tiny_arguments
 
 from gracekit.recipe import cli
 from gracekit.recipe.data import load_easy_vqa
+from gracekit.recipe.stages import write_json
 
 VARIANTS = ["teacher"] + [f"{losses}-{kind}" for losses in ("ce", "grace") for kind in ("bf16", "int4-rtn", "int4-qat")]
 
@@ -67,6 +69,28 @@ def test_the_report_shows_images_with_question_truth_and_int4_answer(finished):
     assert (shown[1] == "right") == (answers[0] == questions[0].answer)
     for name in ("losses.png", "beta.png", "accuracy.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_what_is_not_known_yet_is_null_in_the_results_and_a_gap_in_the_plots(teacher, tmp_path):
+    """The moving average of L_GDKD, before the controller has its target."""
+    more = ("--losses", "grace", "--tau", "auto", "--tau_steps", "3")
+    assert cli.main(["recipe", *tiny_arguments(teacher, tmp_path / "run", *more)]) == 0
+    for path in (tmp_path / "run").rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=no_constant)
+    history = read(tmp_path / "run")["variants"][1]["history"]
+    assert history[0]["ema"] is None
+    assert history[-1]["ema"] > 0
+    assert (tmp_path / "run" / "beta.png").is_file()
+
+
+def test_null_stands_for_what_is_not_finite(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": "NaN"}})
+    written = json.loads((tmp_path / "x.json").read_text(), parse_constant=no_constant)
+    assert written == {"a": [None, 1.5, [None]], "b": {"c": None, "d": "NaN"}}
 
 
 def test_a_finished_run_is_left_alone(teacher, finished, capsys):

@@ -148,6 +148,16 @@ def test_plain_weights_and_cross_entropy_alone_need_no_teacher(home, tmp_path):
     AutoModelForImageTextToText.from_pretrained(output / "model")
 
 
+def test_what_is_not_known_yet_is_null_in_what_was_measured(home, tmp_path):
+    """The moving average of L_GDKD, before the controller has its target."""
+    assert main(arguments(home, tmp_path / "run", "--tau", "auto", "--tau_steps", "2")) == 0
+    constants = []
+    done = json.loads((tmp_path / "run" / "training.json").read_text(), parse_constant=constants.append)
+    assert constants == []
+    assert done["history"][0]["ema"] is None
+    assert done["history"][-1]["ema"] is not None
+
+
 def test_a_run_takes_up_what_another_has_learned(home, tmp_path, capsys):
     """BF16 first, INT4 from there, and INT4 again with the scales that were learned."""
     plain, first, second = (tmp_path / name for name in ("plain", "first", "second"))
@@ -183,18 +193,25 @@ def refused(home, tmp_path, capsys, *more, family="llava"):
     return capsys.readouterr().err
 
 
-def test_bad_records_are_all_listed_before_anything_is_trained(home, tmp_path, capsys):
+def test_bad_records_are_all_listed_and_written_before_anything_is_trained(home, tmp_path, capsys):
     records = json.loads((home / "data" / "train.json").read_text())
     records[1]["image"] = "images/missing.png"
     records[2]["conversations"][1]["value"] = ""
+    records[0]["conversations"][0]["value"] += "</s>"
     path = home / "data" / "bad.json"
     path.write_text(json.dumps(records))
     message = refused(home, tmp_path, capsys, "--data", path)
-    assert "missing.png" in message
-    assert "r2" in message or "record 2" in message
+    assert "got 3 bad of 10" in message
+    assert all(word in message for word in ("record 0 ('r0')", "missing.png", "record 2 ('r2')"))
+    assert str(tmp_path / "run" / "bad_records.jsonl") in message
+    left_out = [json.loads(line) for line in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
+    assert [bad["index"] for bad in left_out] == [0, 1, 2]
     output = tmp_path / "skipped"
     assert main(arguments(home, output, "--data", path, "--on_bad_record", "skip")) == 0
-    assert len((output / "bad_records.jsonl").read_text().splitlines()) == 2
+    assert len((output / "bad_records.jsonl").read_text().splitlines()) == 3
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 of 10 records left out (1 cannot be encoded, 1 missing image, 1 empty answer), listed in" in said
+    assert "bad_records.jsonl" in said
 
 
 def test_records_that_are_too_long_are_bad_ones(home, tmp_path, capsys):

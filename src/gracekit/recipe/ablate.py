@@ -9,7 +9,6 @@ differences are paired.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from gracekit.recipe.experiment import FULL, Clock, Run, Student, open_folder, o
 from gracekit.recipe.gate_ground import gate_ground, token_entropy
 from gracekit.recipe.models import teacher_folder
 from gracekit.recipe.progress import progress_bars, quiet, say
-from gracekit.recipe.stages import write_json
+from gracekit.recipe.stages import only_finite, write_json
 
 # Name of a student: its losses, and whether it is also trained with quantised weights.
 METHODS = {
@@ -148,7 +147,7 @@ def run_ablation(config: AblationConfig, folder: Path) -> dict[str, Any]:
             found = train_student(replace(run, config=settings, folder=home, bars=bars), student, own)
         variants += [_cell(run, student, variant, home) for variant in found]
         seconds[f"seed-{seed}"] = round(sum(own.seconds.values()), 2)
-    results: dict[str, Any] = without_nan(
+    results: dict[str, Any] = only_finite(
         {
             "environment": environment(run.device),
             "config": config.as_dict() | {"student": asdict(run.size), "finish_steps": config.train.finish},
@@ -216,15 +215,6 @@ def teacher_ground(run: Run, bins: int) -> dict[str, Any]:
     }
 
 
-def without_nan(value: Any) -> Any:
-    """Return a JSON value with None in the place of each NaN."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the paper's ablations at the recipe's scale, over several seeds."""
     from gracekit.recipe.ablation_report import write_report
@@ -255,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("Interrupted; the same command goes on from the last checkpoint.")
         return 130
-    results |= {"comparisons": without_nan(compare(results))}
+    results |= {"comparisons": only_finite(compare(results))}
     write_report(output, results)
     # Last, because this file is what makes the ablation a finished one.
     write_json(output / "results.json", results)

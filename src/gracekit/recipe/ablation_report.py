@@ -187,8 +187,11 @@ def _interval(mean: float, low: float | None, sign: str = "+") -> str:
     return f"{100 * mean:{sign}.2f}" + (f" ± {100 * (mean - low):.2f}" if known else "")  # type: ignore[operator]
 
 
-def _average(ends: list[dict[str, float]], name: str, scale: float = 1.0, form: str = ".3f") -> str:
-    return format(scale * sum(end[name] for end in ends) / len(ends), form) if name in ends[0] else ""
+def _average(ends: list[dict[str, float | None]], name: str, scale: float = 1.0, form: str = ".3f") -> str:
+    if name not in ends[0]:
+        return ""
+    values = [value for end in ends if (value := end[name]) is not None]
+    return format(scale * sum(values) / len(values), form) if len(values) == len(ends) else "-"
 
 
 def _percent(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,15 +11,62 @@ import torch
 from transformers import GenerationConfig
 
 from gracekit.quant import LSQConfig, convert, load_qat, quantize_rtn
+from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.recipe.batches import ConversationCollator
 from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.quantize import class_of, load
 from gracekit.recipe.questions import Asked
-from gracekit.recipe.record_format import IMAGE_MARK
 
-PRECISIONS = ("bf16", "fp32", "fake", "int4-rtn", "int4")
+PRECISIONS = ("bf16", "fp32", "fake", "int4-rtn", "int4", "int8")
 ENGINES = ("transformers", "gracekit")
+_PLAIN = ("bf16", "fp32", "int4-rtn")
 _WINDOW = 16  # batches encoded at a time, and sorted by length
+
+
+def precision_of(folder: Path, *, int4: bool = False) -> str:
+    """Return what a folder is to be run in: "int4" or "int8" where it holds codes or learned scales, else "bf16".
+
+    Args:
+        folder: the model's.
+        int4: round a plain model: "int4-rtn" instead of "bf16".
+
+    Raises:
+        ValueError: it holds no model of transformers, or one that another library quantised.
+    """
+    settings = class_of(folder)[1].get("quantization_config")
+    if settings is not None and settings.get("quant_method") != "torchao":
+        raise ValueError(
+            f"MODEL_DIR must hold a plain model, learned scales or torchao's tensors, got {settings.get('quant_method')!r} "
+            f"in {folder}"
+        )
+    if settings is not None:
+        return f"int{_packed_width(settings, folder)}"
+    if (folder / SCALES_FILE).is_file():
+        return "int" + "+".join(map(str, learned_widths(folder)))
+    return "int4-rtn" if int4 else "bf16"
+
+
+def _packed_width(settings: dict[str, Any], folder: Path) -> str:
+    """Return the bits of torchao's tensors, by what config.json says of their kind."""
+    kind = settings.get("quant_type", {}).get("default", {})
+    found = re.findall(r"int(\d+)", f"{kind.get('_type')} {kind.get('_data', {}).get('weight_dtype')}", re.IGNORECASE)
+    if len(found) != 1:
+        raise ValueError(f"MODEL_DIR must hold torchao's tensors of one width, got {kind.get('_type')} in {folder}")
+    return str(found[0])
+
+
+def check_precision(folder: Path, precision: str) -> None:
+    """Raise ValueError unless a folder can be run in a precision of :func:`load_model`."""
+    there = precision_of(folder)
+    learned = (folder / SCALES_FILE).is_file()
+    if precision in _PLAIN and there != "bf16":
+        kind = "learned scales, without which its weights are another model" if learned else "packed codes"
+        raise ValueError(f"precision must be {there} for {folder}, which has {kind}, got {precision!r}")
+    if precision == "fake" and not learned:
+        raise ValueError(f"precision fake needs learned scales, got no {SCALES_FILE} in {folder}")
+    if precision not in (*_PLAIN, "fake", there):
+        has = "a plain model (int4-rtn rounds one)" if there == "bf16" else f"one of {there}"
+        raise ValueError(f"precision {precision} needs learned scales or packed codes of it, got {has} in {folder}")
 
 
 def load_model(folder: Path, precision: str, device: torch.device, *, group_size: int = 128) -> Any:
@@ -27,29 +75,26 @@ def load_model(folder: Path, precision: str, device: torch.device, *, group_size
     Args:
         folder: what ``save_pretrained``, :func:`gracekit.quant.save_qat` or ``gracekit export --format torchao`` wrote.
         precision: "bf16" or "fp32": plain weights; "fake": the training forward of a folder of save_qat; "int4-rtn": plain weights
-            rounded to nearest, on the INT4 kernel of the device; "int4": learned or packed codes on that kernel.
+            rounded to nearest, on the INT4 kernel of the device; "int4", "int8": learned or packed codes on that kernel.
         device: where to answer.
         group_size: of "int4-rtn".
 
     Raises:
         ValueError: the folder has not what the precision needs, or a layer does not fit the kernel.
     """
-    if precision == "int4" and "quantization_config" in (found := class_of(folder))[1]:
-        model = found[0].from_pretrained(folder, dtype="auto").eval().to(device)
+    check_precision(folder, precision)
+    model: Any
+    if precision not in (*_PLAIN, "fake") and not (folder / SCALES_FILE).is_file():
+        model = class_of(folder)[0].from_pretrained(folder, dtype="auto").eval().to(device)
         return convert(model, dtype=torch.bfloat16).to(torch.bfloat16)
     model = load(folder)
-    if precision in ("fake", "int4"):
-        try:
-            load_qat(model, folder)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"--precision {precision} needs learned scales or packed codes, got a plain model in {folder} (int4-rtn rounds one)"
-            ) from error
-        model.to(device)
-        # Codes come from the trained weights; everything else is cast afterwards.
-        return model if precision == "fake" else convert(model, dtype=torch.bfloat16).to(torch.bfloat16)
-    model.to(device, torch.float32 if precision == "fp32" else torch.bfloat16)
-    return quantize_rtn(model, LSQConfig(group_size=group_size)) if precision == "int4-rtn" else model
+    if precision in _PLAIN:
+        model.to(device, torch.float32 if precision == "fp32" else torch.bfloat16)
+        return quantize_rtn(model, LSQConfig(group_size=group_size)) if precision == "int4-rtn" else model
+    load_qat(model, folder)
+    model.to(device)
+    # Codes come from the trained weights; everything else is cast afterwards.
+    return model if precision == "fake" else convert(model, dtype=torch.bfloat16).to(torch.bfloat16)
 
 
 @torch.inference_mode()
@@ -91,7 +136,7 @@ def answer(
     )
     generate = _engine(engine, model, settings, batch_size)
     for first in range(0, len(questions), batch_size * _WINDOW):
-        window = [(_encode(processor, asked), asked) for asked in questions[first : first + batch_size * _WINDOW]]
+        window = [(asked.encode(processor), asked) for asked in questions[first : first + batch_size * _WINDOW]]
         window.sort(key=lambda pair: len(pair[0]["input_ids"]), reverse=True)  # what takes most memory comes first
         for start in range(0, len(window), batch_size):
             part = window[start : start + batch_size]
@@ -122,12 +167,6 @@ def _engine(
         return found.sequences
 
     return generate
-
-
-def _encode(processor: ConversationProcessor, asked: Asked) -> dict[str, torch.Tensor]:
-    turns = asked.record.turns[: asked.turn]
-    seen = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-    return processor.encode(turns, asked.record.images[:seen], add_generation_prompt=True)
 
 
 def _ends(model: Any, processor: ConversationProcessor) -> list[int]:

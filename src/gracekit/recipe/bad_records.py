@@ -1,4 +1,4 @@
-"""Records that cannot be trained on: collected with their reasons, and either raised together or written to a file."""
+"""Records that cannot be used: collected with their reasons, written to a file, and either left out or raised together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+BAD_RECORDS = "bad_records.jsonl"
 _SHOWN = 20
 _WINDOW = 1024
 _Found = TypeVar("_Found")
@@ -34,33 +35,58 @@ class BadRecord:
 
 
 class BadRecordsError(ValueError):
-    """All bad records of a data set: how many of each kind, and the first 20 in full.
+    """Bad records of a data set: how many of each kind, the first 20 in full, and where all of them are.
 
     Attributes:
         records: every one of them.
+        file: a line of JSON for each; None: none was written.
     """
 
-    def __init__(self, records: Sequence[BadRecord], total: int) -> None:
-        self.records = tuple(records)
+    def __init__(self, records: Sequence[BadRecord], total: int, file: Path | None = None) -> None:
+        self.records, self.file = tuple(records), file
+        rule = "good records only, or be read with on_bad_record='skip'"
+        if len(self.records) == total:
+            rule = "at least one good record"
         lines = [f"  record {bad.index} ({bad.id!r}): {bad.reason}" for bad in self.records[:_SHOWN]]
         if len(self.records) > _SHOWN:
-            lines.append(f"  and {len(self.records) - _SHOWN:,} more")
-        super().__init__(
-            f"data must hold good records only, or be read with on_bad_record='skip', got {len(self.records):,} bad of "
-            f"{total:,} ({count_kinds(self.records)}):\n" + "\n".join(lines)
-        )
+            where = file if file is not None else "the records of this error"
+            lines.append(f"  and {len(self.records) - _SHOWN:,} more: all are in {where}")
+        elif file is not None:
+            lines.append(f"  also in {file}")
+        found = f"{len(self.records):,} bad of {total:,} ({_kinds(self.records)})"
+        super().__init__(f"data must hold {rule}, got {found}:\n" + "\n".join(lines))
 
 
-def count_kinds(records: Sequence[BadRecord]) -> str:
-    """Return "3 missing image, 1 empty answer"; nothing for none."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(bad.kind for bad in records).most_common())
+def count_kinds(records: Sequence[BadRecord]) -> dict[str, int]:
+    """Return how many there are of each kind, the commonest first."""
+    return dict(Counter(bad.kind for bad in records).most_common())
 
 
-def settle(records: Sequence[BadRecord], total: int, on_bad_record: str) -> tuple[BadRecord, ...]:
-    """Return bad records that are to be skipped; raise them where they stop the run."""
-    if records and on_bad_record == "stop":
-        raise BadRecordsError(records, total)
-    return tuple(records)
+def left_out(records: Sequence[BadRecord], total: int, file: Path | None = None) -> str:
+    """Return a line on records that were left out, for those who read along."""
+    where = f", listed in {file}" if file is not None else ""
+    return f"{len(records):,} of {total:,} records left out ({_kinds(records)}){where}"
+
+
+def _kinds(records: Sequence[BadRecord]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in count_kinds(records).items())
+
+
+def settle(
+    records: Sequence[BadRecord], total: int, on_bad_record: str, file: Path | None = None
+) -> tuple[BadRecord, ...]:
+    """Return bad records, in order, that are to be skipped; raise them where they stop the run or nothing else is there.
+
+    Either way they are written to ``file``; without any, one that an earlier try left is removed.
+    """
+    found = tuple(sorted(records, key=lambda bad: bad.index))
+    if file is not None and found:
+        write_bad_records(file, found)
+    elif file is not None:
+        file.unlink(missing_ok=True)
+    if found and (on_bad_record == "stop" or len(found) == total):
+        raise BadRecordsError(found, total, file)
+    return found
 
 
 def write_bad_records(path: Path, records: Sequence[BadRecord]) -> None:

@@ -39,6 +39,8 @@ class RunConfig:
         image_folder: where relative paths of images start; empty: ``data``.
         image_size: side of the square that images of ``data`` are brought to, in pixels, a multiple of 8.
         teacher_steps: optimiser steps of the teacher that is trained on ``data``.
+        on_bad_record: of ``data``: "stop" refuses bad records before any training; "skip" leaves them out. Both write all of them
+            to ``bad_records-train.jsonl`` and ``bad_records-test.jsonl`` in the run's folder.
     """
 
     output: str = option("runs/recipe", "folder of this run; resumed if it holds an unfinished one")
@@ -55,6 +57,7 @@ class RunConfig:
     image_folder: str = option("", "where relative paths of images of --data start; empty: that folder")
     image_size: int = option(64, "side of the square that images of --data are brought to, in pixels, a multiple of 8")
     teacher_steps: int = option(3500, "optimiser steps of the teacher that is trained on --data")
+    on_bad_record: Literal["stop", "skip"] = option("stop", "what to do about bad records of --data")
 
     def __post_init__(self) -> None:
         check_int("seed", self.seed, low=0)
@@ -69,7 +72,9 @@ class RunConfig:
         if self.image_size % 8:
             raise ValueError(f"image_size must be a multiple of 8, got image_size={self.image_size}")
         check_int("teacher_steps", self.teacher_steps, low=2)
-        of_the_other = ("train_images", "test_images") if self.data else ("image_folder", "image_size", "teacher_steps")
+        check_choice("on_bad_record", self.on_bad_record, ("stop", "skip"))
+        of_own_data = ("image_folder", "image_size", "teacher_steps", "on_bad_record")
+        of_the_other = ("train_images", "test_images") if self.data else of_own_data
         for name in of_the_other:
             default = type(self).__dataclass_fields__[name].default
             if getattr(self, name) != default:

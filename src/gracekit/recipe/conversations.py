@@ -7,14 +7,14 @@ and JSONL is read by the offsets of its lines, so that memory does not grow with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, overload
 
 from PIL import Image
 
 from gracekit._checks import check_choice, check_int
-from gracekit.recipe.bad_records import BadRecord, BadRecordsError, in_threads, settle, write_bad_records
+from gracekit.recipe.bad_records import BadRecord, BadRecordsError, in_threads, left_out, settle
 from gracekit.recipe.record_format import BROKEN_IMAGE, Record, RecordError, Turn, open_image, parse_record, record_name
 from gracekit.recipe.record_sources import RecordSource, open_source
 
@@ -35,7 +35,7 @@ class Conversations(Sequence[Record]):
     """Records that :func:`load_conversations` found good; indexing reads one, a slice is a selection of them.
 
     Attributes:
-        bad: what was left out, under ``on_bad_record="skip"``.
+        bad: what was left out, under ``on_bad_record="skip"``; of :func:`find_conversations`, what is not settled yet.
     """
 
     _source: RecordSource
@@ -54,12 +54,33 @@ class Conversations(Sequence[Record]):
     def __getitem__(self, index: slice) -> Conversations: ...
     def __getitem__(self, index: int | slice) -> Record | Conversations:
         if isinstance(index, slice):
-            return self._with(self._kept[index], self.bad)
+            return replace(self, _kept=self._kept[index])
         number = self._kept[index]
         return parse_record(self._source[number], number, self._image_folder)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
+
+    @property
+    def total(self) -> int:
+        """Records, good and bad."""
+        return len(self._kept) + len(self.bad)
+
+    def note(self) -> str:
+        """Return a line on what was left out; nothing where nothing was."""
+        return left_out(self.bad, self.total, self._bad_records_file) if self.bad else ""
+
+    def settle(self) -> Conversations:
+        """Treat the bad records as ``on_bad_record`` says: leave them out, or raise them; both write them to their file.
+
+        Raises:
+            BadRecordsError: some are bad and ``on_bad_record`` is "stop", or all are.
+            ValueError: there are no records.
+        """
+        bad = settle(self.bad, self.total, self._on_bad_record, self._bad_records_file)
+        if not self._kept:
+            raise ValueError("data must hold at least one record, got 0")
+        return replace(self, bad=bad)
 
     def check_lengths(
         self,
@@ -95,25 +116,12 @@ class Conversations(Sequence[Record]):
                     raise RecordError("too long", f"{length} tokens, max_length={max_length}")
             except RecordError as error:
                 return BadRecord(record.index, record.id, error.kind, str(error))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # tokenizers know both
                 return BadRecord(record.index, record.id, "cannot be encoded", f"cannot be encoded: {error}")
             return None
 
-        kept, bad = [], []
-        for number, found in enumerate(in_threads(check, len(self), threads)):
-            if found is None:
-                kept.append(self._kept[number])
-            else:
-                bad.append(found)
-            advance(1)
-        left_out = settle(bad, len(self), self._on_bad_record)
-        _require_some(kept, left_out, len(self))
-        return self._with(kept, (*self.bad, *left_out), write=bool(bad))
-
-    def _with(self, kept: Sequence[int], bad: tuple[BadRecord, ...], *, write: bool = False) -> Conversations:
-        if write and self._bad_records_file is not None:
-            write_bad_records(self._bad_records_file, bad)
-        return Conversations(self._source, self._image_folder, kept, self._on_bad_record, self._bad_records_file, bad)
+        good, bad = _sorted_out(range(len(self)), check, threads, advance)
+        return replace(self, _kept=[self._kept[number] for number in good], bad=(*self.bad, *bad)).settle()
 
 
 def load_conversations(
@@ -135,8 +143,8 @@ def load_conversations(
     Args:
         data: a ``.json`` or ``.jsonl`` file, the folder of a data set that ``datasets`` saved, or a ``datasets.Dataset``.
         image_folder: where relative paths of images start. None: the folder of the file.
-        on_bad_record: "stop" raises one error that lists all bad records; "skip" leaves them out.
-        bad_records_file: where "skip" writes them, a line of JSON each. None: nowhere.
+        on_bad_record: "stop" raises one error about all bad records; "skip" leaves them out.
+        bad_records_file: where they are written, a line of JSON each. None: nowhere.
         threads: records checked at a time.
         advance: called with the number of records checked, for a progress bar.
 
@@ -147,7 +155,7 @@ def load_conversations(
         ValueError: ``data`` is nothing of that kind, or empty.
         BadRecordsError: some are bad and ``on_bad_record`` is "stop", or all are. Bad is a record whose image is missing or cannot
             be opened, whose markers are not as many as its images, that has no assistant's turn or an empty one, whose roles
-            do not alternate from the user's to the assistant's, and a line that is no JSON.
+            do not alternate from the user's to the assistant's, whose texts are no Unicode, and a line that is no JSON.
 
     Example:
         >>> import json, tempfile, pathlib
@@ -159,6 +167,34 @@ def load_conversations(
         >>> record = load_conversations(folder / "train.json")[0]
         >>> record.id, record.images[0].name, record.turns[1].text
         ('a', 'boat.png', 'A boat.')
+    """
+    found = find_conversations(
+        data,
+        image_folder,
+        on_bad_record=on_bad_record,
+        bad_records_file=bad_records_file,
+        threads=threads,
+        advance=advance,
+    )
+    return found.settle()
+
+
+def find_conversations(
+    data: Any,
+    image_folder: str | Path | None = None,
+    *,
+    on_bad_record: str = "stop",
+    bad_records_file: str | Path | None = None,
+    threads: int = _THREADS,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Conversations:
+    """Read conversations as :func:`load_conversations` does, and leave what is bad for later.
+
+    The result's :meth:`~Conversations.check_lengths` or :meth:`~Conversations.settle` raises or leaves out all that is bad by then,
+    so that one error lists what both passes found.
+
+    Raises:
+        ValueError: ``data`` is nothing of that kind.
     """
     check_choice("on_bad_record", on_bad_record, ("stop", "skip"))
     source, home = open_source(data)
@@ -177,19 +213,23 @@ def load_conversations(
             return BadRecord(number, identity, error.kind, str(error))
         return None
 
-    kept, bad = [], []
-    for number, found in enumerate(in_threads(check, len(source), threads)):
+    kept, bad = _sorted_out(range(len(source)), check, threads, advance)
+    file = Path(bad_records_file) if bad_records_file is not None else None
+    return Conversations(source, folder, kept, on_bad_record, file, tuple(bad))
+
+
+def _sorted_out(
+    numbers: range, check: Callable[[int], BadRecord | None], threads: int, advance: Callable[[int], Any]
+) -> tuple[list[int], list[BadRecord]]:
+    """Return the numbers that a check has nothing against, and what it found of the others."""
+    good, bad = [], []
+    for number, found in zip(numbers, in_threads(check, len(numbers), threads), strict=True):
         if found is None:
-            kept.append(number)
+            good.append(number)
         else:
             bad.append(found)
         advance(1)
-    left_out = settle(bad, len(source), on_bad_record)
-    file = Path(bad_records_file) if bad_records_file is not None else None
-    if left_out and file is not None:
-        write_bad_records(file, left_out)
-    _require_some(kept, left_out, len(source))
-    return Conversations(source, folder, kept, on_bad_record, file, left_out)
+    return good, bad
 
 
 def open_images(record: Record) -> list[Image.Image]:
@@ -199,13 +239,6 @@ def open_images(record: Record) -> list[Image.Image]:
         RecordError: a ValueError, for one that cannot be decoded.
     """
     return [open_image(image) for image in record.images]
-
-
-def _require_some(kept: Sequence[int], bad: Sequence[BadRecord], total: int) -> None:
-    if not kept and bad:
-        raise BadRecordsError(bad, total)
-    if not kept:
-        raise ValueError(f"data must hold at least one record, got {total}")
 
 
 def _check_image(image: Any, seen: dict[Path, str]) -> None:
@@ -220,8 +253,11 @@ def _check_image(image: Any, seen: dict[Path, str]) -> None:
 
 
 def _image_problem(image: Path) -> str:
-    if not image.is_file():
-        return f"missing image: {image}"
+    try:
+        if not image.is_file():
+            return f"missing image: {image}"
+    except OSError as error:  # a name that no file can have
+        return f"missing image: {str(image)[:200]!r}: {error.strerror}"
     try:
         with Image.open(image) as file:
             file.verify()

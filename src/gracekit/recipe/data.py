@@ -1,6 +1,6 @@
-"""Images with questions, and sequences that hold one image and several of its questions.
+"""Images with questions, and sequences that hold one image, several or none, and several questions about them.
 
-The questions of one image share its tokens: a packed sequence is the prefix ``<s> USER: <image>...`` followed by question after
+The questions of one scene share its tokens: a packed sequence is the prefix ``<s> USER: <image>...`` followed by question after
 question with its answer, where each question attends to the prefix and itself alone, and counts its positions from the end
 of the prefix. The logits are those of separate samples, at a fraction of the tokens.
 """
@@ -29,7 +29,7 @@ BOS, EOS, PAD, UNKNOWN, IMAGE, USER, ASSISTANT = "<s>", "</s>", "<pad>", "<unk>"
 
 
 class Question(NamedTuple):
-    """One question about one image."""
+    """One question about what is shown: an image, or a scene of its split."""
 
     image: int
     text: str
@@ -46,6 +46,8 @@ class VqaSplit:
         centre: brightness in [0, 255] that becomes 0 in a model's input; easy-VQA has a light background.
         spread: brightness that becomes 1, from there.
         open_vocabulary: words that the tokenizer does not know may occur, and are read as ``<unk>``; else they are an error.
+        scenes: images that questions are about together: several, one or none. None: each image alone.
+        bad_records: how many records of its file were left out.
     """
 
     images: Tensor
@@ -53,6 +55,13 @@ class VqaSplit:
     centre: float = 225.0
     spread: float = 60.0
     open_vocabulary: bool = False
+    scenes: tuple[tuple[int, ...], ...] | None = None
+    bad_records: int = 0
+
+    @property
+    def shown(self) -> Sequence[tuple[int, ...]]:
+        """Images of each scene, which is what a question's ``image`` counts."""
+        return self.scenes if self.scenes is not None else [(image,) for image in range(len(self.images))]
 
     def pixels(self, indices: Any) -> Tensor:
         """Return some of the images as a model takes them, float32."""
@@ -104,9 +113,9 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def prefix_text(image_tokens: int) -> str:
-    """Return what stands before every question, with a placeholder for each visual token."""
-    return f"{BOS}{USER} {IMAGE * image_tokens}\n"
+def prefix_text(image_tokens: int, images: int = 1) -> str:
+    """Return what stands before every question about some images, with a placeholder for each visual token."""
+    return f"{BOS}{USER} {IMAGE * image_tokens * images}\n"
 
 
 def question_text(question: str) -> str:
@@ -155,15 +164,22 @@ class PackedVqa(Dataset[int]):
         teacher: TeacherOutputs | None = None,
     ) -> None:
         self.split, self.image_tokens, self.teacher = split, image_tokens, teacher
-        (prefix,) = encode(tokenizer, [prefix_text(image_tokens)])
+        self.shown = shown = split.shown
+        most = max(map(len, shown))
+        prefixes = encode(tokenizer, [prefix_text(image_tokens, count) for count in range(most + 1)])
         asked, answers = (
             encode(tokenizer, texts, open_vocabulary=split.open_vocabulary)
             for texts in ([question_text(q.text) for q in split.questions], [q.answer for q in split.questions])
         )
         answered = [[*ids, tokenizer.eos_token_id] for ids in answers]
         groups = _groups([q.image for q in split.questions], questions_per_image)
-        self.image_index = torch.tensor([split.questions[group[0]].image for group in groups])
-        rows = [_pack(prefix, [(asked[q], answered[q]) for q in group]) for group in groups]
+        self.scene_index = torch.tensor([split.questions[group[0]].image for group in groups])
+        rows = [
+            _pack(prefixes[len(shown[scene])], [(asked[q], answered[q]) for q in group])
+            for group, scene in zip(groups, self.scene_index.tolist(), strict=True)
+        ]
+        # Where a teacher's visual tokens of a scene's images begin, image after image and scene after scene.
+        self.first_image = np.cumsum([0, *map(len, shown)]).tolist()
         # Numbers of each example's supervised tokens in the order of the split's questions.
         ends = np.cumsum([0, *map(len, answered)]).tolist()
         spans = [[token for q in group for token in range(ends[q], ends[q + 1])] for group in groups]
@@ -186,20 +202,27 @@ class PackedVqa(Dataset[int]):
         """Return the batch of these examples, cut to its longest one."""
         rows = torch.as_tensor(indices)
         length = int(self.lengths[rows].max())
-        image = self.image_index[rows]
+        scenes = self.scene_index[rows].tolist()
+        images = [image for scene in scenes for image in self.shown[scene]]
         batch: dict[str, Any] = {
             "input_ids": self.input_ids[rows, :length],
             "labels": self.labels[rows, :length],
             "position_ids": self.position_ids[rows, :length],
             "attention_mask": packed_attention_mask(self.segments[rows, :length]),
-            "pixel_values": self.split.pixels(image),
         }
+        if images:
+            batch["pixel_values"] = self.split.pixels(images)
         if self.teacher is not None:
             tokens = self.supervised[rows]
             batch["teacher_logits"] = self.teacher.logits[tokens[tokens >= 0]].float()
-            batch["teacher_tokens"] = self.teacher.visual_tokens[image].flatten(0, 1).float()
-            batch["teacher_lengths"] = [self.teacher.visual_tokens.shape[1]] * len(image)
+            batch["teacher_tokens"] = self.teacher.visual_tokens[self.places(rows)].flatten(0, 1).float()
+            batch["teacher_lengths"] = [self.teacher.visual_tokens.shape[1]] * len(images)
         return batch
+
+    def places(self, rows: Tensor) -> list[int]:
+        """Return where in a teacher's visual tokens the images of some examples are."""
+        scenes = self.scene_index[rows].tolist()
+        return [place for scene in scenes for place in range(self.first_image[scene], self.first_image[scene + 1])]
 
 
 @dataclass(frozen=True)
@@ -208,8 +231,8 @@ class TeacherOutputs:
 
     Attributes:
         logits: (T, V) for the supervised tokens of all questions, in the split's order.
-        visual_tokens: (N, n, d), its hidden states at the penultimate layer. They depend on the image alone, because the image
-            comes first and attention is causal.
+        visual_tokens: (N, n, d), its hidden states at the penultimate layer, for the images of scene after scene. They depend on
+            the scene alone, because its images come first and attention is causal.
     """
 
     logits: Tensor

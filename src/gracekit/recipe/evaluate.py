@@ -35,7 +35,8 @@ def generate_answers(
     """
     model.eval()
     parameter = next(model.parameters())
-    asked = [prefix_text(image_tokens) + question_text(q.text) for q in split.questions]
+    shown = split.shown
+    asked = [prefix_text(image_tokens, len(shown[q.image])) + question_text(q.text) for q in split.questions]
     prompts = encode(tokenizer, asked, open_vocabulary=split.open_vocabulary)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -49,11 +50,12 @@ def generate_answers(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[index] for index in chosen]}, return_tensors="pt")
-        images = split.pixels([split.questions[index].image for index in chosen])
+        images = [image for index in chosen for image in shown[split.questions[index].image]]
+        pixels = split.pixels(images).to(parameter.device, parameter.dtype) if images else None
         generated = model.generate(
             input_ids=batch["input_ids"].to(parameter.device),
             attention_mask=batch["attention_mask"].to(parameter.device),
-            pixel_values=images.to(parameter.device, parameter.dtype),
+            pixel_values=pixels,
             generation_config=settings,
         )
         texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from gracekit._checks import check_int
-from gracekit.recipe.answering import ENGINES, PRECISIONS, answer, load_model
+from gracekit.recipe.answering import ENGINES, PRECISIONS, answer, check_precision, load_model, precision_of
+from gracekit.recipe.bad_records import BAD_RECORDS, count_kinds, left_out
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.environment import environment
 from gracekit.recipe.experiment import kernel_name
-from gracekit.recipe.processors import load_processor
+from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.progress import progress_bars, quiet, say
-from gracekit.recipe.questions import METRICS, Asked, read_questions
+from gracekit.recipe.questions import METRICS, Questions, read_questions
 from gracekit.recipe.stages import write_json
 
 
@@ -37,36 +38,36 @@ def open_answers(output: Path, settings: dict[str, Any]) -> dict[tuple[int, int]
         FileExistsError: the folder holds something else, or answers of another model or to another set.
     """
     described, kept = output / "settings.json", output / "answers.jsonl"
-    if not described.is_file():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(described, settings)
-    there = json.loads(described.read_text(encoding="utf-8"))
-    if there != (asked := json.loads(json.dumps(settings))):
-        different = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
-        raise FileExistsError(
-            f"output must be a new folder or an evaluation of the same, got {str(output)!r} with another {', '.join(different)}"
-        )
-    if not kept.is_file():
-        return {}
+    written = kept.read_bytes() if kept.is_file() else b""
     # What follows the last line break was being written when the run ended.
-    written = kept.read_bytes()
     whole = written[: written.rfind(b"\n") + 1]
-    os.truncate(kept, len(whole))
+    if described.is_file():
+        there, asked = (json.loads(text) for text in (described.read_text(encoding="utf-8"), json.dumps(settings)))
+        different = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
+        if different and whole:
+            raise FileExistsError(
+                f"output must be a new folder or an evaluation of the same, got {str(output)!r} with another "
+                f"{', '.join(different)}"
+            )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(described, settings)  # also over those of a try that got no answer
+    if len(whole) < len(written):
+        os.truncate(kept, len(whole))
     lines = [json.loads(line) for line in whole.splitlines()]
     return {(line["record"], line["turn"]): line["answer"] for line in lines}
 
 
 def evaluate(
     folder: Path,
-    questions: Sequence[Asked],
+    questions: Questions,
     output: Path,
     settings: dict[str, Any],
     *,
     metric: str,
     device: torch.device,
-    processor: Path | None = None,
+    processor: ConversationProcessor,
 ) -> dict[str, Any]:
     """Ask what has not been asked yet, and return, and write, the result.
 
@@ -77,18 +78,17 @@ def evaluate(
         settings: "precision", "group_size", "batch_size", "max_new_tokens", "engine", and whatever else must be the same to go on.
         metric: one of METRICS.
         device: where to answer.
-        processor: folder of the processor; None: the model's.
+        processor: of the model.
     """
     done = open_answers(output, settings)
     missing = [asked for asked in questions if asked.key not in done]
     if missing:
-        reader = load_processor(processor or folder)
         model = load_model(folder, settings["precision"], device, group_size=settings["group_size"])
         write_json(output / "kernel.json", {"kernel": kernel_name(model)})
         with progress_bars() as bars, (output / "answers.jsonl").open("a", encoding="utf-8") as file:
-            task = bars.add_task("answer", total=len(questions), completed=len(done))
+            task = bars.add_task("answer", total=len(questions), completed=len(questions) - len(missing))
             sizes = {name: settings[name] for name in ("batch_size", "max_new_tokens", "engine")}
-            for asked, text in answer(model, reader, missing, **sizes):
+            for asked, text in answer(model, processor, missing, **sizes):
                 done[asked.key] = text
                 line = {"record": asked.record.index, "turn": asked.turn, "id": asked.record.id, "answer": text}
                 file.write(json.dumps(line) + "\n")
@@ -105,6 +105,12 @@ def evaluate(
         "standard_error": math.sqrt(math.fsum((score - mean) ** 2 for score in scores)) / len(scores),
         "questions": len(scores),
         "scores": scores,
+        "records": questions.total,
+        "bad_records": {
+            "count": len(questions.bad),
+            "kinds": count_kinds(questions.bad),
+            "file": BAD_RECORDS if questions.bad else None,
+        },
     }
     write_json(output / "result.json", result)
     return result
@@ -114,12 +120,31 @@ def describe(given: argparse.Namespace) -> dict[str, Any]:
     """Return what must be the same for an evaluation to go on: model, data and how it is asked."""
     weights = sorted(given.folder.glob("*.safetensors"))
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
-    with given.data.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    names = ("precision", "group_size", "batch_size", "max_new_tokens", "engine")
-    return {"model": str(given.folder), "weights": stamps, "data": str(given.data), "data_sha256": digest} | {
-        name: getattr(given, name) for name in names
+    paths = {name: None if (path := getattr(given, name)) is None else str(path) for name in ("images", "processor")}
+    names = ("precision", "group_size", "batch_size", "max_new_tokens", "engine", "on_bad_record")
+    described = {
+        "model": str(given.folder),
+        "weights": stamps,
+        "data": str(given.data),
+        "data_sha256": digest(given.data),
     }
+    return described | paths | {name: getattr(given, name) for name in names}
+
+
+def digest(data: Path) -> str:
+    """Return the SHA-256 of a file, or of all files of a data set that ``datasets`` saved.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+    if not data.exists():
+        raise ValueError(f"data must be a file or a folder that is there, got {str(data)!r}")
+    whole = hashlib.sha256()
+    for path in sorted(data.glob("*.arrow")) if data.is_dir() else [data]:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,10 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "folder", metavar="MODEL_DIR", type=Path, help="of save_pretrained, save_qat or gracekit export"
     )
-    parser.add_argument("--data", required=True, type=Path, help="JSON or JSONL in the LLaVA conversation format")
+    parser.add_argument(
+        "--data", required=True, type=Path, help="conversations: JSON, JSONL, or a folder that `datasets` saved"
+    )
     parser.add_argument("--images", type=Path, help="where relative paths of images start (default: the data's folder)")
     parser.add_argument("--metric", choices=METRICS, default="exact", help="what an answer is worth (default exact)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="what to answer with (default bf16)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="what to answer with (default: int4 or int8 where the folder has codes or learned scales, else bf16)",
+    )
     parser.add_argument(
         "--engine", choices=ENGINES, default="transformers", help="what generates (default transformers)"
     )
@@ -143,24 +174,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processor", type=Path, help="folder of the processor (default: the model's)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to answer")
     parser.add_argument(
-        "--on-bad-record", choices=["stop", "skip"], default="stop", help="default: stop, with all listed"
+        "--on-bad-record",
+        choices=["stop", "skip"],
+        default="stop",
+        help="default: stop; both write them to bad_records.jsonl in the output",
     )
     given = parser.parse_args(arguments)
     try:
         for name in ("batch_size", "max_new_tokens", "group_size"):
             check_int(name, getattr(given, name), low=1)
         device = RunConfig(device=given.device).torch_device()
-        questions = read_questions(given.data, given.images, given.on_bad_record)
-        for asked in questions:  # before any work: can the metric be had of every question?
-            asked.score(given.metric, "")
+        given.precision = given.precision or precision_of(given.folder)
+        check_precision(given.folder, given.precision)
+        settings = describe(given)
+        open_answers(given.output, settings)  # before any work: may it be written to?
+        processor = load_processor(given.processor or given.folder)
+        with progress_bars() as bars:
+            task = bars.add_task("data: look at every record", total=None)
+            questions = read_questions(
+                given.data,
+                given.images,
+                given.on_bad_record,
+                processor=processor,
+                metric=given.metric,
+                bad_records_file=given.output / BAD_RECORDS,
+                advance=lambda count: bars.advance(task, count),
+            )
+        if questions.bad:
+            say(left_out(questions.bad, questions.total, given.output / BAD_RECORDS))
         result = evaluate(
-            given.folder,
-            questions,
-            given.output,
-            describe(given),
-            metric=given.metric,
-            device=device,
-            processor=given.processor,
+            given.folder, questions, given.output, settings, metric=given.metric, device=device, processor=processor
         )
     except (ValueError, OSError) as error:
         print(f"gracekit evaluate: error: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ from gracekit.recipe.models import (
     teacher_folder,
     teacher_outputs,
 )
-from gracekit.recipe.own_data import check_run, describe, load_splits
+from gracekit.recipe.own_data import BAD_RECORDS, SPLITS, check_run, describe, load_splits
 from gracekit.recipe.progress import progress_bars, say
 from gracekit.recipe.stages import Stage, run_stage, write_json
 from gracekit.recipe.student_files import save_student
@@ -86,7 +86,9 @@ def open_folder(config: RecipeConfig) -> Path | None:
     settings = folder / "config.json"
     if settings.is_file():
         differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
-        if differences:
+        if differences and not _begun(folder):
+            write_json(settings, config.as_dict())  # of a run that was refused or left before it kept anything
+        elif differences:
             raise FileExistsError(
                 f"output must be a new folder or a run with the same settings, got {str(folder)!r} with other ones "
                 f"(there -> asked for): {'; '.join(differences)}"
@@ -99,6 +101,12 @@ def open_folder(config: RecipeConfig) -> Path | None:
     return folder
 
 
+def _begun(folder: Path) -> bool:
+    """Whether a folder holds more than what is written before anything is trained."""
+    before = {"config.json", "seconds.json", *(BAD_RECORDS.format(name) for name in SPLITS)}
+    return any(path.is_file() for path in folder.rglob("*") if str(path.relative_to(folder)) not in before)
+
+
 def open_run(config: RecipeConfig, folder: Path, bars: Progress, *, held_out: bool = False) -> Run:
     """Return what all students of a run need, with the teacher's answers to the training set.
 
@@ -109,7 +117,7 @@ def open_run(config: RecipeConfig, folder: Path, bars: Progress, *, held_out: bo
         held_out: have the teacher read the test questions too.
     """
     device = config.run.torch_device()
-    train, test = load_splits(config.run)
+    train, test = load_splits(config.run, folder)
     path = config.run.teacher
     if config.run.data and not path:
         path = str(own_teacher(config.run, train, test, folder / "teacher", bars))
@@ -317,7 +325,7 @@ def _teacher_outputs(
 ) -> TeacherOutputs:
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        task = bars.add_task(f"teacher: read {len(split.questions):,} questions", total=len(split.images))
+        task = bars.add_task(f"teacher: read {len(split.questions):,} questions", total=len(split.shown))
         outputs = teacher_outputs(teacher, split, tokenizer, advance=lambda count: bars.advance(task, count))
         part = path.with_name(path.name + ".part")
         save_file({"logits": outputs.logits, "visual_tokens": outputs.visual_tokens}, part)

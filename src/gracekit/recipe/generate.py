@@ -15,14 +15,12 @@ from transformers import GenerationConfig
 from gracekit._checks import check_int, check_real
 from gracekit.inference import Generation
 from gracekit.inference import generate as generate_tokens
-from gracekit.quant.formats.trained import SCALES_FILE
-from gracekit.recipe.answering import load_model
+from gracekit.recipe.answering import load_model, precision_of
 from gracekit.recipe.batches import ConversationCollator
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.experiment import kernel_name
 from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.progress import quiet, say
-from gracekit.recipe.quantize import class_of
 from gracekit.recipe.record_format import IMAGE_MARK, Turn
 
 
@@ -36,23 +34,6 @@ class Answer(NamedTuple):
 
     text: str
     generation: Generation
-
-
-def precision_of(folder: Path, *, int4: bool) -> str:
-    """Return what a folder is to be run in: "int4" where it holds codes or learned scales, else "bf16" or "int4-rtn".
-
-    Raises:
-        ValueError: it holds no model of transformers, or one that another library quantised.
-    """
-    settings = class_of(folder)[1].get("quantization_config")
-    if settings is not None and settings.get("quant_method") != "torchao":
-        raise ValueError(
-            f"MODEL_DIR must hold a plain model, learned scales or torchao's tensors, got {settings.get('quant_method')!r} "
-            f"in {folder}"
-        )
-    if settings is not None or (folder / SCALES_FILE).is_file():
-        return "int4"
-    return "int4-rtn" if int4 else "bf16"
 
 
 def answer(

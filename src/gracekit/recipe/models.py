@@ -158,14 +158,14 @@ def teacher_outputs(
         model: the teacher.
         split: images and questions.
         tokenizer: the teacher's, which is also the student's.
-        batch_size: images at a time.
-        advance: called with the number of images done, for a progress bar.
+        batch_size: scenes at a time.
+        advance: called with the number of scenes done, for a progress bar.
     """
     device = next(model.parameters()).device
     packed = PackedVqa(split, tokenizer, image_tokens=image_tokens(model))
     logits = torch.empty(packed.supervised_count, model.config.text_config.vocab_size, dtype=torch.bfloat16)
     width = model.config.text_config.hidden_size
-    visual = torch.zeros(len(split.images), image_tokens(model), width, dtype=torch.bfloat16)
+    visual = torch.zeros(packed.first_image[-1], image_tokens(model), width, dtype=torch.bfloat16)
     # Images with as many questions go together, so that little is padding.
     order = packed.lengths.argsort()
     with VisualTokenTap(model, layer=PENULTIMATE) as tap:
@@ -178,7 +178,7 @@ def teacher_outputs(
             spans = packed.supervised[rows]
             # labels[i + 1] is what position i predicts.
             logits[spans[spans >= 0]] = out[:, :-1][labels[:, 1:] >= 0].to("cpu", torch.bfloat16)
-            visual[packed.image_index[rows]] = tokens.view(len(rows), -1, width).to("cpu", torch.bfloat16)
+            visual[packed.places(rows)] = tokens.view(-1, image_tokens(model), width).to("cpu", torch.bfloat16)
             advance(len(rows))
     return TeacherOutputs(logits, visual)
 

@@ -1,6 +1,7 @@
 """A folder of one's own for the small recipe: pictures, and train.json and test.json with conversations about them.
 
-Each turn of a conversation becomes a question about its image, asked without the turns before it. The tokenizer is made of the
+Each turn of a conversation becomes a question about its images (one, several or none), which come first, asked without the turns
+before it. The tokenizer is made of the
 words of train.json, so that words of test.json may be unknown: in a question they are read as ``<unk>``, and an answer that holds
 one counts as wrong, because no model can give it.
 """
@@ -20,9 +21,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gracekit.recipe.bad_records import BadRecord, BadRecordsError
+from gracekit.recipe.bad_records import BadRecord, BadRecordsError, left_out, settle
 from gracekit.recipe.config import RunConfig
-from gracekit.recipe.conversations import Record, load_conversations
+from gracekit.recipe.conversations import Record, find_conversations
 from gracekit.recipe.data import (
     ASSISTANT,
     BOS,
@@ -36,15 +37,31 @@ from gracekit.recipe.data import (
     split_words,
 )
 from gracekit.recipe.models import teacher_folder
+from gracekit.recipe.progress import say
 from gracekit.recipe.record_format import IMAGE_MARK, RecordError, open_image
 
+SPLITS = ("train", "test")
+BAD_RECORDS = "bad_records-{}.jsonl"  # of a split
+_MOST_IMAGES = 3  # a model has positions for four times an image's tokens, and questions need some
 _SPECIAL = (BOS, EOS, PAD, UNKNOWN, USER, ASSISTANT)
+
+
+class BadSplitsError(BadRecordsError):
+    """Bad records of the files of a folder.
+
+    Attributes:
+        records: all of them, those of train.json first.
+    """
+
+    def __init__(self, errors: dict[str, BadRecordsError]) -> None:
+        ValueError.__init__(self, "\n".join(f"{name}: {error}" for name, error in errors.items()))
+        self.records, self.file = tuple(bad for error in errors.values() for bad in error.records), None
 
 
 def check_run(run: RunConfig) -> None:
     """Raise ValueError unless a run's folder of data has its two files, and its teacher takes images of the run's size."""
     if run.data:
-        for name in ("train", "test"):
+        for name in SPLITS:
             _file(Path(run.data), name)
     if run.teacher:
         described = json.loads((teacher_folder(run.teacher) / "config.json").read_text(encoding="utf-8"))
@@ -53,17 +70,29 @@ def check_run(run: RunConfig) -> None:
             raise ValueError(f"image_size must be the teacher's, got {run.image_size} and {theirs} in {run.teacher!r}")
 
 
-def load_splits(run: RunConfig) -> tuple[VqaSplit, VqaSplit]:
-    """Return the training and test questions of a run: those of its folder, or easy-VQA's.
+def load_splits(run: RunConfig, folder: Path | None = None) -> tuple[VqaSplit, VqaSplit]:
+    """Return the training and test questions of a run: those of its folder of data, or easy-VQA's.
+
+    Args:
+        run: which data, and what to do about bad records.
+        folder: of the run, where bad records are written, and what is left out is said. None: neither.
 
     Raises:
-        ValueError: the folder lacks a file, or holds bad records, all of which are listed.
+        ValueError: the folder of data lacks a file.
+        BadSplitsError: records are bad and are to stop, or all of a file are.
     """
     if not run.data:
         return load_easy_vqa("train", run.train_images), load_easy_vqa("test", run.test_images)
-    folder = Path(run.data)
-    pictures = Path(run.image_folder) if run.image_folder else folder
-    train, test = (_load(_file(folder, name), pictures, run.image_size) for name in ("train", "test"))
+    loaded, errors = [], {}
+    for name in SPLITS:
+        file = _file(Path(run.data), name)
+        try:
+            loaded.append(_load(run, file, folder / BAD_RECORDS.format(name) if folder is not None else None))
+        except BadRecordsError as error:
+            errors[file.name] = error
+    if errors:
+        raise BadSplitsError(errors)
+    train, test = loaded
     centre, spread = _brightness(train.images)
     return replace(train, centre=centre, spread=spread), replace(
         test, centre=centre, spread=spread, open_vocabulary=True
@@ -84,8 +113,10 @@ def describe(train: VqaSplit, test: VqaSplit, tokenizer: PreTrainedTokenizerFast
     return {
         "train_images": len(train.images),
         "train_questions": len(train.questions),
+        "train_bad_records": train.bad_records,
         "test_images": len(test.images),
         "test_questions": len(test.questions),
+        "test_bad_records": test.bad_records,
         "words": len(known),
         "unknown_words": len(unknown),
         "unknown_words_read": unknown.total(),
@@ -102,9 +133,9 @@ def _file(folder: Path, name: str) -> Path:
     return found[0]
 
 
-def _load(file: Path, pictures: Path, size: int) -> VqaSplit:
+def _load(run: RunConfig, file: Path, bad_records_file: Path | None) -> VqaSplit:
     # What they lack for the small recipe is listed with what is wrong with them at all.
-    records = load_conversations(file, pictures, on_bad_record="skip")
+    records = find_conversations(file, run.image_folder or run.data)
     asked: list[tuple[Record, str, str]] = []
     bad = list(records.bad)
     for record in records:
@@ -112,32 +143,42 @@ def _load(file: Path, pictures: Path, size: int) -> VqaSplit:
             asked += [(record, question, answer) for question, answer in _questions(record)]
         except RecordError as error:
             bad.append(BadRecord(record.index, record.id, error.kind, str(error)))
-    # Records about one picture share it, and their questions are packed behind it.
-    paths = list(dict.fromkeys(record.images[0] for record, _, _ in asked))
+    paths = list(dict.fromkeys(path for record, _, _ in asked for path in record.images))
     with ThreadPoolExecutor(4) as pool:
-        decoded = dict(zip(paths, pool.map(lambda path: _square(path, size), paths), strict=True))
-    broken = {
-        record.index: (record, found)
-        for record, _, _ in asked
-        if isinstance(found := decoded[record.images[0]], RecordError)
-    }
-    bad += [BadRecord(index, record.id, error.kind, str(error)) for index, (record, error) in broken.items()]
-    if bad:
-        raise BadRecordsError(sorted(bad, key=lambda one: one.index), len(records) + len(records.bad))
-    numbers = {path: number for number, path in enumerate(paths)}
-    pixels = torch.from_numpy(np.stack([decoded[path] for path in paths]))
+        decoded = dict(zip(paths, pool.map(lambda path: _square(path, run.image_size), paths), strict=True))
+    for record in dict.fromkeys(record for record, _, _ in asked):
+        found = next((decoded[path] for path in record.images if isinstance(decoded[path], RecordError)), None)
+        if isinstance(found, RecordError):
+            bad.append(BadRecord(record.index, record.id, found.kind, str(found)))
+    left = settle(bad, records.total, run.on_bad_record, bad_records_file)
+    if left and bad_records_file is not None:
+        say(f"{file.name}: {left_out(left, records.total, bad_records_file)}")
+    lost = {one.index for one in left}
+    asked = [one for one in asked if one[0].index not in lost]
+    if not asked:
+        raise ValueError(f"data must hold at least one record, got 0 in {str(file)!r}")
+    # Records about the same pictures share them, and their questions are packed behind them.
+    scenes = {images: number for number, images in enumerate(dict.fromkeys(record.images for record, _, _ in asked))}
+    numbers = {path: number for number, path in enumerate(dict.fromkeys(path for images in scenes for path in images))}
+    pixels = np.zeros((len(numbers), run.image_size, run.image_size, 3), dtype=np.uint8)
+    for path, number in numbers.items():
+        pixels[number] = decoded[path]
     return VqaSplit(
-        pixels.permute(0, 3, 1, 2).contiguous(),
-        [Question(numbers[record.images[0]], text, answer) for record, text, answer in asked],
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        [Question(scenes[record.images], text, answer) for record, text, answer in asked],
+        scenes=tuple(tuple(numbers[path] for path in images) for images in scenes),
+        bad_records=len(left),
     )
 
 
 def _questions(record: Record) -> list[tuple[str, str]]:
     """Return (question, answer) for each pair of turns of a record."""
-    if len(record.images) != 1:
-        raise RecordError("not one image", f"the small recipe takes one for each record, got {len(record.images)}")
+    if len(record.images) > _MOST_IMAGES:
+        raise RecordError(
+            "too many images", f"the small recipe's models have positions for {_MOST_IMAGES}, got {len(record.images)}"
+        )
     if record.turns[0].role == "system":
-        raise RecordError("system turn", "the small recipe's models read none")
+        raise RecordError("system turn", "the template of the small recipe's models has no place for one")
     texts = [" ".join(turn.text.replace(IMAGE_MARK, " ").split()) for turn in record.turns]
     for text in texts:
         if not split_words(text):
@@ -161,7 +202,9 @@ def _square(path: Path, size: int) -> np.ndarray[Any, Any] | RecordError:
 
 
 def _brightness(images: Tensor) -> tuple[float, float]:
-    """Return mean and standard deviation over all pixels, the latter at least 1."""
+    """Return mean and standard deviation over all pixels, the latter at least 1; of no images, 0 and 1."""
+    if not len(images):
+        return 0.0, 1.0
     counts = torch.stack([torch.bincount(image.flatten(), minlength=256) for image in images]).sum(0).double()
     levels = torch.arange(256, dtype=torch.float64)
     mean = (counts * levels).sum() / counts.sum()

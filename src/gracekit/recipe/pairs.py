@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -129,12 +130,16 @@ def _heads(pair: Pair) -> list[str]:
 
 
 def _samples(pair: Pair, records: Sequence[Record]) -> list[str]:
-    """Compare what both sides make of some records."""
+    """Compare what both sides make of some records; those that the student's cannot read are bad ones, and not its affair."""
     assert pair.teacher_processor is not None
-    with_images = [record for record in records[: 50 * _SAMPLES] if record.images][:_SAMPLES] or list(records[:1])
-    for record in with_images:
-        images = open_images(record)
-        ours, theirs = (p.encode(record.turns, images) for p in (pair.processor, pair.teacher_processor))
+    first = records[: 50 * _SAMPLES]
+    with_images = (encoded for record in first if record.images and (encoded := _encoded(pair.processor, record)))
+    found = list(islice(with_images, _SAMPLES))
+    for record, images, ours in found or list(filter(None, (_encoded(pair.processor, record) for record in first[:1]))):
+        try:
+            theirs = pair.teacher_processor.encode(record.turns, images)
+        except ValueError as error:
+            return [f"the teacher's processor must read what the student's does, got record {record.index}: {error}"]
         counts = [
             int((torch.as_tensor(side["input_ids"]) == require_image_token_id(model)).sum())
             for side, model in ((ours, pair.student), (theirs, pair.teacher))
@@ -153,6 +158,14 @@ def _samples(pair: Pair, records: Sequence[Record]) -> list[str]:
                 if not isinstance(other, Tensor) or other.shape != value.shape or not torch.equal(other, value):
                     return [f"both image processors must give the same {name}, got others for {where}"]
     return []
+
+
+def _encoded(processor: ConversationProcessor, record: Record) -> tuple[Record, list[Any], dict[str, Any]] | None:
+    try:
+        images = open_images(record)
+        return record, images, processor.encode(record.turns, images)
+    except (ValueError, TypeError):
+        return None
 
 
 def _exchange(ids: Tensor, pair: Pair) -> Tensor:

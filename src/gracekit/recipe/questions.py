@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
-from gracekit.recipe.conversations import Record, load_conversations
+from gracekit.recipe.bad_records import BadRecord, in_threads, settle
+from gracekit.recipe.conversations import Record, find_conversations
 from gracekit.recipe.metrics import choice_score, exact_match, vqa_score
+from gracekit.recipe.processors import ConversationProcessor
+from gracekit.recipe.record_format import IMAGE_MARK, RecordError
 from gracekit.recipe.record_sources import open_source
 
 METRICS = ("exact", "vqa", "choice")
+_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,30 +48,114 @@ class Asked:
             return choice_score(answer, self.truths, self.text)
         return {"exact": exact_match, "vqa": vqa_score}[metric](answer, self.truths)
 
+    def encode(self, processor: ConversationProcessor) -> dict[str, Any]:
+        """Return what a model reads to answer it: all that stands before."""
+        turns = self.record.turns[: self.turn]
+        seen = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+        return processor.encode(turns, self.record.images[:seen], add_generation_prompt=True)
 
-def read_questions(data: Path, images: Path | None, on_bad_record: str = "stop") -> list[Asked]:
-    """Return all questions of a file.
+
+@dataclass(frozen=True, kw_only=True)
+class Questions(Sequence[Asked]):
+    """The questions of a set.
+
+    Attributes:
+        bad: records that were left out, under ``on_bad_record="skip"``.
+        total: records, good and bad.
+    """
+
+    asked: Sequence[Asked]
+    bad: tuple[BadRecord, ...]
+    total: int
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    @overload
+    def __getitem__(self, index: int) -> Asked: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Asked]: ...
+    def __getitem__(self, index: int | slice) -> Asked | Sequence[Asked]:
+        return self.asked[index]
+
+    def __iter__(self) -> Iterator[Asked]:
+        return iter(self.asked)
+
+
+def read_questions(
+    data: Any,
+    images: str | Path | None = None,
+    on_bad_record: str = "stop",
+    *,
+    processor: ConversationProcessor | None = None,
+    metric: str = "exact",
+    bad_records_file: str | Path | None = None,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> Questions:
+    """Return all questions of a set.
 
     Args:
-        data: JSON or JSONL in the LLaVA conversation format; a record with a single answer may have ``answers``, a list of several
-            people's (texts, or VQA's objects with ``answer``).
+        data: as :func:`~gracekit.recipe.conversations.load_conversations` takes it; a record with a single answer may have
+            ``answers``, a list of several people's (texts, or VQA's objects with ``answer``).
         images: where relative paths of images start; None: the file's folder.
         on_bad_record: as :func:`~gracekit.recipe.conversations.load_conversations` takes it.
+        processor: of the model: a record that it cannot encode is a bad one. None: that is not looked at.
+        metric: one of METRICS: a record whose answers it cannot judge is a bad one.
+        bad_records_file: where bad records are written.
+        advance: called with the number of records looked at, twice for each good one.
 
     Raises:
-        ValueError: a record is bad, or has ``answers`` and more than one answer.
+        ValueError: ``data`` is nothing of that kind.
+        BadRecordsError: records are bad and are to stop, or all are; so is one that has ``answers`` and more than one answer.
     """
     source, _ = open_source(data)
-    found = []
-    for record in load_conversations(data, images, on_bad_record=on_bad_record):
-        answered = [place for place, turn in enumerate(record.turns) if turn.role == "assistant"]
-        people = source[record.index].get("answers")
-        if people is not None and (len(answered) > 1 or not people):
-            raise ValueError(
-                f"answers must be those to a record's one question, got {len(people)} for {len(answered)} in record {record.id}"
-            )
-        for place in answered:
-            given = people or [record.turns[place].text]
-            truths = tuple(str(one["answer"]) if isinstance(one, dict) else str(one) for one in given)
-            found.append(Asked(record=record, turn=place, truths=truths))
-    return found
+    records = find_conversations(data, images, on_bad_record=on_bad_record, advance=advance)
+
+    def look(number: int) -> list[Asked] | BadRecord:
+        record = records[number]
+        try:
+            found = _questions(record, source[record.index].get("answers"))
+            for asked in found:
+                if processor is not None:
+                    asked.encode(processor)
+        except RecordError as error:
+            return BadRecord(record.index, record.id, error.kind, str(error))
+        except (ValueError, TypeError) as error:
+            return BadRecord(record.index, record.id, "cannot be encoded", f"cannot be encoded: {error}")
+        try:
+            for asked in found:
+                asked.score(metric, "")
+        except ValueError as error:
+            return BadRecord(record.index, record.id, f"not for {metric}", f"not for {metric}: {error}")
+        return found
+
+    asked: list[Asked] = []
+    bad = list(records.bad)
+    for found in in_threads(look, len(records), _THREADS):
+        if isinstance(found, BadRecord):
+            bad.append(found)
+        else:
+            asked += found
+        advance(1)
+    file = Path(bad_records_file) if bad_records_file is not None else None
+    left_out = settle(bad, records.total, on_bad_record, file)
+    if not asked:
+        raise ValueError(f"data must hold at least one record, got 0 in {str(data)!r}")
+    return Questions(asked=asked, bad=left_out, total=records.total)
+
+
+def _questions(record: Record, people: Any) -> list[Asked]:
+    answered = [place for place, turn in enumerate(record.turns) if turn.role == "assistant"]
+    if people is None:
+        return [Asked(record=record, turn=place, truths=(record.turns[place].text,)) for place in answered]
+    if not isinstance(people, list | tuple) or not people:
+        raise RecordError("wrong answers", f"answers must be a list of texts, got {str(people)[:80]!r}")
+    if len(answered) > 1:
+        raise RecordError(
+            "wrong answers",
+            f"answers must be those to a record's one question, got {len(people)} for {len(answered)} in record {record.id}",
+        )
+    given = [one.get("answer") if isinstance(one, Mapping) else one for one in people]
+    if not all(isinstance(one, str | int | float) for one in given):
+        raise RecordError("wrong answers", f"answers must be texts or objects with answer, got {str(people)[:80]!r}")
+    return [Asked(record=record, turn=answered[0], truths=tuple(map(str, given)))]

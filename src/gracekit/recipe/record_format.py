@@ -109,10 +109,14 @@ def _turns(value: Any) -> list[Mapping[str, Any]]:
 
 
 def _turn(role: Any, text: Any) -> Turn:
-    if role not in _ROLES:
-        raise RecordError("unknown role", f"{role!r}, not one of {', '.join(_ROLES)}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RecordError("unknown role", f"{str(role)[:80]!r}, not one of {', '.join(_ROLES)}")
     if not isinstance(text, str):
         raise RecordError("no text", f"a turn of {role!r} holds {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and no tokenizer reads
+        raise RecordError("no Unicode text", f"a turn of {role!r} holds {text[error.start]!r}") from error
     turn = Turn(_ROLES[role], text)
     if turn.role != "user" and IMAGE_MARK in text:
         raise RecordError("image marker outside a user's turn", f"in one of {role!r}")
@@ -127,7 +131,10 @@ def _content(content: Any, inline: list[Any]) -> Any:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text":
-            text += part.get("text") or ""
+            said = part.get("text")
+            if not isinstance(said, str | None):
+                raise RecordError("no text", f"a part of type 'text' holds {type(said).__name__}")
+            text += said or ""
         elif kind == "image":
             text += IMAGE_MARK
             held = [part[name] for name in ("image", "path") if part.get(name) is not None]

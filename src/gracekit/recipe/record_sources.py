@@ -41,7 +41,7 @@ class JsonLines:
             line = file.read(self.ends[index] - self.starts[index])
         try:
             return json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecordError("broken JSON", str(error)) from error
 
 

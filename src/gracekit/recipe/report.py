@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import torch
 from PIL import Image
 from rich.table import Table
 
@@ -111,13 +112,21 @@ def _samples(folder: Path, results: dict[str, Any], test: VqaSplit) -> list[dict
     for turn, image in enumerate(images):
         index = by_image[image][turn % len(by_image[image])]
         buffer = io.BytesIO()
-        Image.fromarray(test.images[image].permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+        _picture(test, image).save(buffer, format="PNG")
         question = test.questions[index]
         given = [(name, answers[name][index], answers[name][index] == question.answer) for name in quantised]
         samples.append(
             {"image": _data_uri(buffer.getvalue()), "text": question.text, "answer": question.answer, "given": given}
         )
     return samples
+
+
+def _picture(split: VqaSplit, scene: int) -> Image.Image:
+    """Return the images of a scene side by side; a blank one where there are none."""
+    images = split.images[list(split.shown[scene])]
+    if not len(images):
+        return Image.new("RGB", (split.images.shape[-1],) * 2, "white")
+    return Image.fromarray(torch.cat(list(images), dim=-1).permute(1, 2, 0).numpy())
 
 
 def _histories(results: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
@@ -135,7 +144,7 @@ def _plot_losses(results: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), squeeze=False)
     for axis, part in zip(axes[0], shown, strict=True):
         for name, history in histories.items():
-            points = [(entry["step"], entry[part]) for entry in history if entry.get(part, 0.0) > 0.0]
+            points = [(entry["step"], entry[part]) for entry in history if (entry.get(part) or 0.0) > 0.0]
             if points:
                 losses = name.partition("-")[0]
                 axis.plot(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -128,10 +129,11 @@ def run_stage(
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     save_state(model, home / "model.safetensors")
     save_controller(objective.controller, home / CONTROLLER_FILE, stage.tau)
-    write_text(home / "log.json", json.dumps(log, indent=1))
+    write_json(home / "log.json", log)
     for left in home.glob("checkpoint-*"):
         shutil.rmtree(left)
-    return log
+    finite: list[dict[str, float]] = only_finite(log)
+    return finite
 
 
 def save_state(module: nn.Module, path: Path) -> None:
@@ -150,5 +152,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, beside and then in place."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Write a JSON file, beside and then in place; null stands for what is not finite, which JSON has no word for."""
+    write_text(path, json.dumps(only_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def only_finite(value: Any) -> Any:
+    """Return a JSON value with None in the place of each NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: only_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,9 +13,10 @@ from gracekit.quant import save_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.data import ASSISTANT, BOS, EOS, IMAGE, USER
 
-# One question after its image, as the students are trained.
+# One question after its images, as the students are trained.
 TEMPLATE = (
-    f"{BOS}{{% for message in messages %}}{{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}{USER} {IMAGE}\n"
+    f"{BOS}{{% for message in messages %}}{{% if message['role'] == 'user' %}}{USER} {{% endif %}}"
+    f"{{% for part in message['content'] %}}{{% if part['type'] == 'image' %}}{IMAGE}\n"
     f"{{% else %}}{{{{ part['text'] }}}}{{% endif %}}{{% endfor %}}"
     f"{{% if message['role'] == 'assistant' %}}{EOS}{{% elif not loop.last %}} {ASSISTANT} {{% endif %}}{{% endfor %}}"
     f"{{% if add_generation_prompt %}} {ASSISTANT}{{% endif %}}"

@@ -21,9 +21,10 @@ from transformers.trainer_callback import ProgressCallback
 from gracekit.quant import coverage, load_qat, prepare_qat, save_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.quant.lsq import LSQFakeQuantizer
+from gracekit.recipe.bad_records import BAD_RECORDS
 from gracekit.recipe.batches import ConversationCollator, ConversationDataset
 from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
-from gracekit.recipe.conversations import Conversations, load_conversations
+from gracekit.recipe.conversations import Conversations, find_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
@@ -58,6 +59,8 @@ def train(config: TrainConfig) -> Path:
     set_seed(config.training.seed)
     pair = load_pair(config, teacher_weights=not is_answered(config, folder))
     records = checked_records(config, pair, folder)
+    if records.bad and config.training.process_index == 0:
+        say(records.note())
     dataset = ConversationDataset(records, pair.processor, config.data.max_length)
     trainer = make_trainer(config, pair, dataset, folder)
     _say(
@@ -97,12 +100,12 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
             if task is not None:
                 bars.advance(task, count)
 
-        records = load_conversations(
+        records = find_conversations(
             data.data,
             data.image_folder or None,
             on_bad_record=data.on_bad_record,
             # One writer; the other ranks find the same.
-            bad_records_file=folder / "bad_records.jsonl" if training.process_index == 0 else None,
+            bad_records_file=folder / BAD_RECORDS if training.process_index == 0 else None,
             advance=advance,
         )
         problems = check_pair(pair, records)

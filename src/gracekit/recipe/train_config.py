@@ -86,7 +86,7 @@ class DataConfig:
         data: conversations in the LLaVA format (JSON, JSONL) or a data set that ``datasets`` saved.
         image_folder: where relative paths of images start; empty: the folder of ``data``.
         max_length: tokens of one sample, visual ones included, at most.
-        on_bad_record: "stop" lists all bad records before any training; "skip" leaves them out and writes them to
+        on_bad_record: "stop" refuses bad records before any training; "skip" leaves them out. Both write all of them to
             ``bad_records.jsonl`` in the run's folder.
     """
 

@@ -134,6 +134,16 @@ def load_qat(model: nn.Module, directory: str | os.PathLike[str]) -> list[str]:
     return [name for name, layer in linears.items() if layer in plans]
 
 
+def learned_widths(directory: str | os.PathLike[str]) -> list[int]:
+    """Return the widths in bits that a folder of :func:`save_qat` was trained in, smallest first.
+
+    Raises:
+        FileNotFoundError: the folder has no learned_scales.safetensors.
+        ValueError: the file is something else.
+    """
+    return sorted({note["bits"] for note, _ in _read(Path(directory) / SCALES_FILE).values()})
+
+
 def _describe(layer: FakeQuantizedLinear) -> dict[str, Any]:
     fake: LSQFakeQuantizer = layer.weight_fake_quantizer
     dtypes = {"scale_dtype": fake.config.scale_dtype, "weight_dtype": layer.weight.dtype}
