@@ -14,15 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from gracekit._checks import check_choice, check_int
 from gracekit._distributed import world_size
 from gracekit.losses import shift_labels
 from gracekit.objective import GraceObjective
-from gracekit.quant import fully_shard_qat, qat_parameter_groups
-from gracekit.quant.lsq import LSQFakeQuantizer
+from gracekit.quant import qat_parameter_groups
 from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
@@ -39,6 +37,7 @@ from gracekit.recipe.distillation import (
     supervised_rows,
 )
 from gracekit.recipe.meters import Meters
+from gracekit.recipe.sharding import check_launch, has_learned_scales, is_sharded, shard_student
 
 _SHARE = "grace_share"
 
@@ -68,7 +67,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         **kwargs: as transformers' Trainer takes them.
 
     Raises:
-        ValueError: unknown losses, or several GPUs without a process for each.
+        ValueError: unknown losses, several GPUs without a process for each, or a way of sharding that learned scales do not bear.
     """
 
     loss_is_scaled_for_ga = True  # transformers: nothing is to be divided by the number of micro-batches
@@ -89,6 +88,9 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         check_int("relational_warmup", relational_warmup, low=0)
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(**kwargs)
+        problems = check_launch(self.args, learned=has_learned_scales(self.model))
+        if problems:
+            raise ValueError("; ".join(problems))
         if self.args.n_gpu > 1:
             raise ValueError(
                 "each GPU must have a process of its own (start with torchrun or accelerate launch), "
@@ -167,7 +169,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         """Return the arguments' optimiser over weights, vectors without decay, and learned scales at ten times the rate."""
         if self.optimizer is None:
             rate, decay = self.args.learning_rate, self.args.weight_decay
-            if any(isinstance(module, LSQFakeQuantizer) for module in self.model.modules()):
+            if has_learned_scales(self.model):
                 groups = qat_parameter_groups(self.model, lr=rate, weight_decay=decay)
             else:
                 trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -182,11 +184,8 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Shard a prepared model the one way that keeps its scales in float32, before accelerate would do it otherwise."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        learned = any(isinstance(module, LSQFakeQuantizer) for module in self.model.modules())
-        if plugin is not None and learned and not isinstance(self.model, FSDPModule):
-            if getattr(plugin, "fsdp_version", 1) != 2:
-                raise ValueError("a model with learned scales needs FSDP2 (fsdp_version: 2), got FSDP1")
-            fully_shard_qat(self.model, mp_policy=plugin.mixed_precision_policy)
+        if plugin is not None and has_learned_scales(self.model) and not is_sharded(self.model):
+            shard_student(self.model, plugin)
         return super()._prepare_for_training(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
