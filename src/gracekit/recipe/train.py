@@ -28,6 +28,7 @@ from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
 from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.sharding import check_launch
 from gracekit.recipe.stages import write_json
 from gracekit.recipe.teacher_states import ABOUT, TaughtCollator, TaughtDataset, TeacherStates, compute_states
 from gracekit.recipe.train_config import TrainConfig, parse
@@ -48,12 +49,15 @@ def train(config: TrainConfig) -> Path:
         ``save_pretrained`` does for ``precision="bf16"``, in both cases with the processor.
 
     Raises:
-        ValueError: bad records, or a pair that does not fit, with all reasons.
+        ValueError: bad records, a pair that does not fit, or a launch that it cannot be trained under, with all reasons.
         FileExistsError: the run's folder holds something else.
     """
     folder = Path(str(config.training.output_dir))
     if not open_run(config, folder):
         return folder / _MODEL
+    problems = check_launch(config.training, learned=config.pair.quantiser() is not None)
+    if problems:
+        raise ValueError("; ".join(problems))
     set_seed(config.training.seed)
     pair = load_pair(config)
     records = checked_records(config, pair, folder)
