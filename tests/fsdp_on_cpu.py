@@ -6,10 +6,15 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 
-def offer_fsdp(rank, world):
-    """Set the environment as torchrun does, the process group standing already, and let accelerate take FSDP."""
+def set_rank(rank, world):
+    """Set the environment as torchrun does; the process group stands already."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def offer_fsdp(rank, world):
+    """Be a rank that accelerate takes FSDP on."""
+    set_rank(rank, world)
     begin = AcceleratorState.__init__
 
     def begin_as_on_gpus(self, *args, **kwargs):

@@ -1,13 +1,13 @@
 """GraceTrainer on two ranks, as its arguments start DDP and FSDP2: the weights of one process, whatever a rank's batch holds."""
 
 import functools
-import os
 
 import pytest
 import torch
-from fsdp_on_cpu import offer_fsdp
+from fsdp_on_cpu import offer_fsdp, set_rank
 from ranks import run_ranks
 from test_recipe_global_batch import assert_equal_gradients, collate, objective, pair, sample
+from tiny_models import tiny_llava
 from transformers import TrainerCallback, TrainingArguments
 
 from gracekit.recipe.distillation import Teacher
@@ -28,10 +28,10 @@ class Catch(TrainerCallback):
         self.steps.append(whole)
 
 
-def steps(folder, *, batch_size, accumulate=1, count=1, order=range(8), **options):
+def steps(folder, *, batch_size, accumulate=1, count=1, order=tuple(range(8)), learned=True, blank=True, **options):
     """Train a pair; the gradients of each step, and the trainer."""
     torch.manual_seed(0)
-    student, teacher = pair()
+    student, teacher = pair() if learned else (tiny_llava(seed=1), pair()[1])
     catch = Catch()
     arguments = {"learning_rate": 1e-3, **options}
     trainer = GraceTrainer(
@@ -39,6 +39,7 @@ def steps(folder, *, batch_size, accumulate=1, count=1, order=range(8), **option
         objective=objective(),
         teacher=Teacher(teacher, student, from_hidden=True, visual=True),
         from_hidden=True,
+        blank_picture={"pixel_values": sample(0)["pixel_values"]} if blank else None,
         model=student,
         train_dataset=[sample(i) for i in order],
         data_collator=collate,
@@ -64,15 +65,50 @@ def steps(folder, *, batch_size, accumulate=1, count=1, order=range(8), **option
     return catch.steps, trainer
 
 
-def fsdp_rank(rank, world, folder, expected):
+def fsdp_rank(rank, world, folder, expected, **options):
     offer_fsdp(rank, world)
-    found, trainer = steps(folder, batch_size=2, accumulate=2, count=2, fsdp=True)
+    found, trainer = steps(folder, batch_size=2, accumulate=2, count=2, fsdp=True, **options)
     assert trainer.is_fsdp_enabled
     for ours, theirs in zip(found, expected, strict=True):
         assert_equal_gradients(ours, theirs)
 
 
-def test_fsdp_as_the_arguments_start_it_has_the_gradients_of_one_process(tmp_path):
+# Two ranks draw two samples each in turn; samples 2 and 5 have no picture, and here one rank has both.
+TEXT_ON_ONE_RANK = (2, 5, 0, 1, 3, 4, 6, 7)
+
+
+@pytest.mark.parametrize("order", [tuple(range(8)), TEXT_ON_ONE_RANK], ids=["mixed", "text-on-one-rank"])
+@pytest.mark.parametrize("learned", [True, False], ids=["int4", "plain"])
+def test_fsdp_as_the_arguments_start_it_has_the_gradients_of_one_process(tmp_path, learned, order):
     """With nothing said about wrapping; the second step sees the weights that the first has left."""
-    expected, _ = steps(tmp_path / "one", batch_size=8, count=2)
-    run_ranks(functools.partial(fsdp_rank, folder=str(tmp_path / "two"), expected=expected))
+    options = {"learned": learned, "order": order}
+    expected, _ = steps(tmp_path / "one", batch_size=8, count=2, **options)
+    run_ranks(functools.partial(fsdp_rank, folder=str(tmp_path / "two"), expected=expected, **options))
+
+
+def fsdp_without_blank_rank(rank, world, folder):
+    offer_fsdp(rank, world)
+    with pytest.raises(ValueError, match="3 with one and 1 without: give GraceTrainer a blank_picture"):
+        steps(folder, batch_size=2, accumulate=2, fsdp=True, order=TEXT_ON_ONE_RANK, blank=None)
+
+
+def test_fsdp_stops_where_ranks_would_wait_for_each_other_for_ever(tmp_path):
+    run_ranks(functools.partial(fsdp_without_blank_rank, folder=str(tmp_path)))
+
+
+def ddp_rank(rank, world, folder, expected):
+    set_rank(rank, world)
+    for number, options in enumerate(({}, {"gradient_checkpointing": True})):
+        found, trainer = steps(
+            f"{folder}/{number}", batch_size=2, accumulate=2, count=2, **options, order=TEXT_ON_ONE_RANK
+        )
+        assert trainer.model_wrapped.find_unused_parameters
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_equal_gradients(ours, theirs)
+    _, trainer = steps(f"{folder}/asked", batch_size=2, count=0, ddp_find_unused_parameters=False)
+    assert trainer.args.ddp_find_unused_parameters is False
+
+
+def test_ddp_bears_checkpointing_and_a_vision_tower_whose_last_layer_is_unused(tmp_path):
+    expected, _ = steps(tmp_path / "one", batch_size=8, count=2, order=TEXT_ON_ONE_RANK)
+    run_ranks(functools.partial(ddp_rank, folder=str(tmp_path / "two"), expected=expected))

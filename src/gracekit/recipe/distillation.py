@@ -25,6 +25,7 @@ from gracekit._structure import find_output_head, unwrap
 from gracekit.capture import ActivationTap
 from gracekit.losses import entropy_gate, linear_gated_dkd, shift_labels
 from gracekit.objective import GraceObjective
+from gracekit.recipe.blank_picture import BlankPicture, has_pictures
 from gracekit.vlm import VisualTokenTap
 from gracekit.vlm.families import placeholder_id, require_decoder
 
@@ -103,10 +104,11 @@ class Reader:
         model: the model, unwrapped.
         from_hidden: keep what the output head takes, not its logits.
         visual: keep the visual tokens of the penultimate layer.
+        blank: what lets the vision tower run in a forward without pictures; None: it does not.
     """
 
-    def __init__(self, model: nn.Module, *, from_hidden: bool, visual: bool) -> None:
-        self.model, self.from_hidden = model, from_hidden
+    def __init__(self, model: nn.Module, *, from_hidden: bool, visual: bool, blank: BlankPicture | None = None) -> None:
+        self.model, self.from_hidden, self.blank = model, from_hidden, blank
         self.visual = VisualTokenTap(model, layer=-2) if visual else None
         self.last: ActivationTap | None = None
         if from_hidden:
@@ -124,13 +126,15 @@ class Reader:
         """
         # One position, because with none at all some wrappers take the head for unused.
         options = {"logits_to_keep": 1} if self.from_hidden else {}
+        blank = None if has_pictures(inputs) else self.blank
         with ExitStack() as stack:
-            for tap in (self.visual, self.last):
-                if tap is not None:
-                    stack.enter_context(tap)
+            for hooks in (self.visual, self.last, blank):
+                if hooks is not None:
+                    stack.enter_context(hooks)
             outputs = model(**inputs, **options, use_cache=False)
             tapped = self.visual.hidden() if self.visual else None
-            tokens, lengths = self.visual.tokens(inputs) if self.visual else (None, None)
+            images = None if blank is None else []  # the blank one has features and no place
+            tokens, lengths = self.visual.tokens(inputs, lengths=images) if self.visual else (None, None)
             hidden = self.last.pop().flatten(0, 1)[rows] if self.last else None
         logits = outputs.logits.flatten(0, 1)[rows] if hidden is None else None
         return Output(hidden, logits, tokens, lengths, tapped), outputs

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import TrainingArguments
 
 from gracekit.quant import fully_shard_qat
 from gracekit.quant.lsq import LSQFakeQuantizer
+from gracekit.vlm.families import require_decoder
 
 
 def check_launch(training: TrainingArguments, *, learned: bool) -> list[str]:
@@ -39,12 +40,15 @@ def check_launch(training: TrainingArguments, *, learned: bool) -> list[str]:
     if training.fsdp:
         given = training.fsdp_config or {}
         version, checkpointed = int(given.get("version", 2)), _true(given.get("activation_checkpointing"))
-        if learned and version != 2:
-            problems.append(f"fsdp_config's version must be 2 for a model with learned scales, got version={version}")
-        if learned and checkpointed:
+        if version != 2:
             problems.append(
-                "fsdp_config's activation_checkpointing must be false for a model with learned scales (take "
-                "--gradient_checkpointing true), got activation_checkpointing=true"
+                "fsdp_config's version must be 2, because FSDP1 flattens weights and learned scales into one tensor, got "
+                f"version={version}"
+            )
+        if checkpointed:
+            problems.append(
+                "fsdp_config's activation_checkpointing must be false (take --gradient_checkpointing true), got "
+                "activation_checkpointing=true"
             )
         if _true(given.get("cpu_ram_efficient_loading")):
             problems.append(
@@ -55,15 +59,22 @@ def check_launch(training: TrainingArguments, *, learned: bool) -> list[str]:
 
 
 def shard_student(model: nn.Module, plugin: Any) -> None:
-    """Shard a prepared model as accelerate's FSDP2 plugin says, its scales in groups of their own.
+    """Shard a model as accelerate's FSDP2 plugin says: each decoder block, learned scales by themselves, and the rest.
 
-    ``plugin`` wraps nothing afterwards: the classes that it would look for have been renamed by sharding.
+    ``plugin`` wraps nothing afterwards. Sharding has renamed the classes that it would look for, and among the classes that
+    transformers names for a vision-language model are some that it does not have.
     """
     # Left out where true: fully_shard's own default keeps the output head whole between forward and backward.
-    options = {} if plugin.reshard_after_forward else {"reshard_after_forward": False}
+    options: dict[str, Any] = {} if plugin.reshard_after_forward else {"reshard_after_forward": False}
     if plugin.cpu_offload:
         options["offload_policy"] = plugin.cpu_offload
-    fully_shard_qat(model, mp_policy=plugin.mixed_precision_policy, **options)
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    if has_learned_scales(model):
+        fully_shard_qat(model, mp_policy=policy, **options)
+    else:
+        decoder: Any = require_decoder(model)
+        for block in [*decoder.layers, model]:
+            fully_shard(block, mp_policy=policy, **options)
     plugin.auto_wrap_policy = None
 
 

@@ -22,6 +22,7 @@ from gracekit.quant import coverage, load_qat, prepare_qat, save_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.quant.lsq import LSQFakeQuantizer
 from gracekit.recipe.batches import ConversationCollator, ConversationDataset
+from gracekit.recipe.blank_picture import blank_picture
 from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
 from gracekit.recipe.conversations import Conversations, load_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
@@ -167,6 +168,7 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
             teacher, pair.teacher = None, None
             data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
     prepare_student(config, pair.student)
+    pictured = config.training.world_size > 1 and any(record.images for record in dataset.records)
     trainer = GraceTrainer(
         losses=config.method.losses,
         objective=config.method.objective(config.method.losses, vocab_size=pair.vocab_size),
@@ -175,6 +177,7 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
         teacher=teacher,
         teacher_head=head,
         from_hidden=from_hidden,
+        blank_picture=blank_picture(pair.processor) if pictured else None,
         model=pair.student,
         args=config.training,
         train_dataset=data,

@@ -9,18 +9,19 @@ micro-batches during that count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from gracekit._checks import check_choice, check_int
-from gracekit._distributed import world_size
+from gracekit._distributed import all_sum, world_size
 from gracekit.losses import shift_labels
 from gracekit.objective import GraceObjective
 from gracekit.quant import qat_parameter_groups
+from gracekit.recipe.blank_picture import BlankPicture, has_pictures
 from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
@@ -64,6 +65,8 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
             products.
         relational_warmup: optimiser steps over which the relational part's weight rises from 0.
         calibration: finds tau from the first steps; None: the controller's target stands.
+        blank_picture: what the vision tower takes of one picture, by name (``pixel_values`` and its like), for micro-batches
+            without one on ranks that must all run it. None: under FSDP every micro-batch must have one, or none.
         **kwargs: as transformers' Trainer takes them.
 
     Raises:
@@ -82,11 +85,13 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         from_hidden: bool = False,
         relational_warmup: int = 0,
         calibration: TauCalibration | None = None,
+        blank_picture: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("losses", losses, LOSSES)
         check_int("relational_warmup", relational_warmup, low=0)
         self.optimizer: torch.optim.Optimizer | None = None
+        _find_unused(kwargs.get("args"))
         super().__init__(**kwargs)
         problems = check_launch(self.args, learned=has_learned_scales(self.model))
         if problems:
@@ -101,7 +106,11 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         self.losses, self.objective = losses, objective.to(self.args.device)
         self.teacher, self.teacher_head = teacher, teacher_head
         self.from_hidden = from_hidden
-        self.reader = Reader(self.model, from_hidden=from_hidden, visual=losses in ("rcka", "grace"))
+        self.together = world_size() > 1 and (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled or not self.args.ddp_find_unused_parameters
+        )
+        blank = BlankPicture(self.model, blank_picture) if self.together and blank_picture is not None else None
+        self.reader = Reader(self.model, from_hidden=from_hidden, visual=losses in ("rcka", "grace"), blank=blank)
         self.meters = Meters(self.args.device)
         self.data_collator: Any = RowsCollator(self.data_collator)
         self.remove_callback(PrinterCallback)
@@ -111,6 +120,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._check_pictures(batches)
         batches = [self._prepare_inputs(batch) for batch in batches]
         signals = [self._signal(batch) for batch in batches]
         with torch.no_grad():
@@ -148,7 +158,23 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
                 self.meters.watch(seen.tokens, seen.tapped)
         # DDP and FSDP take the mean over ranks, and these are parts of a sum.
         loss = found.total * world_size() if share.counts else found.total
+        if self.together and self.from_hidden:
+            # FSDP2 begins a backward at the model's own output. Where only pictures' features led there, ranks with and without
+            # them would gather blocks in different orders.
+            loss = loss + 0 * outputs.logits.flatten()[0]
         return (loss, outputs) if return_outputs else loss
+
+    def _check_pictures(self, batches: list[dict[str, Any]]) -> None:
+        """Raise on all ranks where some of them would wait for ever for others to run the vision tower."""
+        if not self.together or self.reader.blank is not None:
+            return
+        seen = sum(has_pictures(batch) for batch in batches)
+        counts = all_sum(torch.tensor([seen, len(batches) - seen], device=self.args.device)).tolist()
+        if all(counts):
+            raise ValueError(
+                "every micro-batch must have a picture, or none may, because all ranks run the vision tower together, got "
+                f"{counts[0]} with one and {counts[1]} without: give GraceTrainer a blank_picture"
+            )
 
     def _signal(self, batch: dict[str, Any]) -> TeacherSignal | None:
         given = {name: batch.pop(f"teacher_{name}", None) for name in ("logits", "hidden", "tokens", "lengths")}
@@ -182,9 +208,9 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Shard a prepared model the one way that keeps its scales in float32, before accelerate would do it otherwise."""
+        """Shard the model the one way that keeps learned scales in float32, before accelerate would do it otherwise."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and has_learned_scales(self.model) and not is_sharded(self.model):
+        if plugin is not None and not is_sharded(self.model):
             shard_student(self.model, plugin)
         return super()._prepare_for_training(*args, **kwargs)
 
@@ -204,6 +230,17 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs |= self.meters.read(self)
         super().log(logs, *args, **kwargs)
+
+
+def _find_unused(args: TrainingArguments | None) -> None:
+    """Let DDP look for parameters without a gradient: a vision tower's last layer is often unused, and text needs none of it.
+
+    transformers does that but under gradient checkpointing, where only the reentrant kind does not bear it.
+    """
+    if args is None or args.ddp_find_unused_parameters is not None:
+        return
+    if not (args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")):
+        args.ddp_find_unused_parameters = True
 
 
 class RowsCollator:
