@@ -27,9 +27,9 @@ from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
 from gracekit.recipe.conversations import Conversations, load_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
-from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
+from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, load_student, memory_needed
 from gracekit.recipe.progress import progress_bars, quiet, say
-from gracekit.recipe.sharding import check_launch
+from gracekit.recipe.sharding import check_launch, forward_dtype
 from gracekit.recipe.stages import write_json
 from gracekit.recipe.teacher_states import ABOUT, TaughtCollator, TaughtDataset, TeacherStates, compute_states
 from gracekit.recipe.train_config import TrainConfig, parse
@@ -155,12 +155,11 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
 def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, folder: Path) -> GraceTrainer:
     """Return the trainer of a run, its teacher's answers computed where they are to be."""
     collate: Any = ConversationCollator(pair.processor, padding_side="right")
-    first = {name: value for name, value in collate([dataset[0]]).items() if name != "labels"}
-    from_hidden = has_plain_head(pair.student, first)
+    from_hidden = has_plain_head(pair.student)
     teacher, head = None, None
     data: Any = dataset
     if pair.teacher is not None:
-        teacher, from_hidden = _teacher(config, pair, first, from_hidden)
+        teacher, from_hidden = _teacher(config, pair, from_hidden)
         if config.pair.teacher_mode == "precomputed":
             states = _precomputed(config, teacher, dataset, collate, folder)
             head = states.head()
@@ -208,9 +207,9 @@ def prepare_student(config: TrainConfig, student: nn.Module) -> None:
         raise ValueError(f"precision and group_size must be those of the student's scales, {there}, got {quantiser}")
 
 
-def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden: bool) -> tuple[Teacher, bool]:
+def _teacher(config: TrainConfig, pair: Pair, from_hidden: bool) -> tuple[Teacher, bool]:
     teacher = Teacher(pair.teacher, pair.student, from_hidden=False, visual=config.method.losses in ("rcka", "grace"))
-    if from_hidden and has_plain_head(pair.teacher, teacher.inputs(first)):
+    if from_hidden and has_plain_head(pair.teacher):
         teacher = Teacher(pair.teacher, pair.student, from_hidden=True, visual=teacher.reader.visual is not None)
     device = config.training.device
     if config.pair.teacher_mode == "offload":
@@ -259,7 +258,9 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
     model: Any = trainer.model
     quantiser = config.pair.quantiser()
     if state is not None:
-        model = load_pair(config).student
+        # What trained are the codes of weights as the forwards saw them, not those of the optimiser's copy.
+        dtype = forward_dtype(trainer.accelerator.state.fsdp_plugin) or config.pair.dtype()
+        model = load_student(config, dtype)
         if quantiser is not None:
             prepare_qat(model, quantiser)
         model.load_state_dict(state)

@@ -2,7 +2,7 @@
 
 The losses are those of the whole optimiser step: gates, tokens and images are counted over all of its micro-batches and ranks
 before the first of them runs, so k micro-batches on r ranks give the gradient of one batch. The teacher answers for all
-micro-batches during that count.
+micro-batches during that count; they and its answers wait on the CPU for their turn.
 """
 
 # B batch, S sequence length, T supervised tokens, V vocabulary
@@ -10,6 +10,7 @@ micro-batches during that count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from gracekit.recipe.meters import Meters
 from gracekit.recipe.sharding import check_launch, has_learned_scales, is_sharded, shard_student
 
 _SHARE = "grace_share"
+_TAUGHT = ("teacher_logits", "teacher_hidden", "teacher_tokens", "teacher_lengths")
 
 
 class GraceTrainer(Trainer):  # type: ignore[misc]
@@ -117,17 +119,29 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(ProgressCallback)
         self.add_callback(ControllerCallback(self, relational_warmup=relational_warmup, calibration=calibration))
 
+    def get_train_dataloader(self) -> Any:
+        """Return the loader; its batches stay on the CPU until their turn."""
+        placed = self.accelerator.device_placement
+        # Of a data set without a length accelerate's loader sends batches to other ranks, from the device.
+        self.accelerator.device_placement = placed and not hasattr(self.train_dataset, "__len__")
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placed
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._check_pictures(batches)
-        batches = [self._prepare_inputs(batch) for batch in batches]
-        signals = [self._signal(batch) for batch in batches]
-        with torch.no_grad():
-            parts = [
-                counts_of(signal, _targets(batch), self.objective)
-                for signal, batch in zip(signals, batches, strict=True)
-            ]
+        signals, parts = [], []
+        for number, batch in enumerate(batches):
+            # The device holds one micro-batch and its answer at a time; the others wait on the CPU.
+            moved = self._prepare_inputs(batch)
+            signal = self._signal(moved)
+            with torch.no_grad():
+                parts.append(counts_of(signal, _targets(moved), self.objective))
+            signals.append(signal if signal is None else signal.to(torch.device("cpu")))
+            batches[number] = {name: value for name, value in batch.items() if name not in _TAUGHT}
         if parts:
             counts = global_counts(parts)
             batches = [
@@ -147,6 +161,8 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         share = inputs.pop(_SHARE, None)
         if share is None:
             share = Share(signal=self._signal(inputs), counts={})
+        elif share.signal is not None:
+            share = replace(share, signal=share.signal.to(self.args.device))
         labels, rows = inputs.pop("labels"), inputs.pop(ROWS, None)
         rows = supervised_rows(labels) if rows is None else rows
         seen, outputs = self.reader(model, inputs, rows)
@@ -177,7 +193,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
             )
 
     def _signal(self, batch: dict[str, Any]) -> TeacherSignal | None:
-        given = {name: batch.pop(f"teacher_{name}", None) for name in ("logits", "hidden", "tokens", "lengths")}
+        given = {name.removeprefix("teacher_"): batch.pop(name, None) for name in _TAUGHT}
         if self.losses == "ce":
             return None
         if given["logits"] is not None or given["hidden"] is not None:
