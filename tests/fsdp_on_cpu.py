@@ -18,8 +18,8 @@ def offer_fsdp(rank, world):
     begin = AcceleratorState.__init__
 
     def begin_as_on_gpus(self, *args, **kwargs):
-        PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if PartialState(cpu=True).distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         begin(self, *args, **kwargs)
 
     AcceleratorState.__init__ = begin_as_on_gpus

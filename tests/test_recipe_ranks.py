@@ -4,13 +4,18 @@ import functools
 
 import pytest
 import torch
+from conversation_cases import save_pair, write_llava
 from fsdp_on_cpu import offer_fsdp, set_rank
 from ranks import run_ranks
 from test_recipe_global_batch import assert_equal_gradients, collate, objective, pair, sample
 from tiny_models import tiny_llava
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
 
+from gracekit.quant import load_qat
+from gracekit.quant.lsq import LSQFakeQuantizer
+from gracekit.recipe import train
 from gracekit.recipe.distillation import Teacher
+from gracekit.recipe.train_config import parse
 from gracekit.recipe.trainer import GraceTrainer
 
 pytestmark = pytest.mark.slow
@@ -112,3 +117,45 @@ def ddp_rank(rank, world, folder, expected):
 def test_ddp_bears_checkpointing_and_a_vision_tower_whose_last_layer_is_unused(tmp_path):
     expected, _ = steps(tmp_path / "one", batch_size=8, count=2, order=TEXT_ON_ONE_RANK)
     run_ranks(functools.partial(ddp_rank, folder=str(tmp_path / "two"), expected=expected))
+
+
+def bf16_rank(rank, world, settings):
+    """Keep what the last forward made of every weight, and compare what the saved folder makes of its own."""
+    offer_fsdp(rank, world)
+    made, forward, finish = {}, LSQFakeQuantizer.forward, train.finish
+
+    def keep(self, *args):
+        made[self] = forward(self, *args)
+        return made[self]
+
+    def compare(trainer, config, pair, folder):
+        finish(trainer, config, pair, folder)
+        LSQFakeQuantizer.forward = forward
+        if rank:
+            return
+        model = AutoModelForImageTextToText.from_pretrained(folder / "model")
+        assert len(load_qat(model, folder / "model")) == 21
+        ending = ".weight_fake_quantizer"
+        named = {n.removesuffix(ending): made[m] for n, m in trainer.model.named_modules() if m in made}
+        assert len(named) == 21
+        for name, weight in named.items():
+            assert weight.dtype == torch.bfloat16
+            layer = model.get_submodule(name)
+            assert torch.equal(layer.weight_fake_quantizer(layer.weight), weight), name
+
+    LSQFakeQuantizer.forward, train.finish = keep, compare
+    train.train(parse(settings))
+
+
+def test_what_fsdp_saves_under_bf16_is_what_its_forwards_computed_with(tmp_path):
+    for side, size in (("student", {"vocab_size": 304}), ("teacher", {"vocab_size": 320, "width": 64})):
+        save_pair(tmp_path / side, "llava", **size)
+    write_llava(tmp_path / "data", 10)
+    options = {
+        "student": tmp_path / "student", "teacher": tmp_path / "teacher", "data": tmp_path / "data" / "train.json",
+        "output_dir": tmp_path / "run", "preset": "small", "use_cpu": "true", "group_size": 16, "max_steps": 2,
+        "per_device_train_batch_size": 2, "max_length": 400, "bf16": "true", "fsdp": "full_shard", "learning_rate": 0,
+        "weight_decay": 0, "report_to": "none", "dataloader_pin_memory": "false",
+    }  # fmt: skip
+    settings = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    run_ranks(functools.partial(bf16_rank, settings=settings))
