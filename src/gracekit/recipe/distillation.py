@@ -57,7 +57,7 @@ class TeacherSignal:
     def to(self, device: torch.device) -> TeacherSignal:
         """Return the signal on a device, its head where it is: that is one tensor for all micro-batches."""
         hidden, logits, tokens = (
-            None if value is None else value.to(device, non_blocking=True)
+            None if value is None else value.to(device)
             for value in (self.hidden, self.logits, self.tokens)
         )
         return replace(self, hidden=hidden, logits=logits, tokens=tokens)
