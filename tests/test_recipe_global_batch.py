@@ -2,6 +2,7 @@
 
 import functools
 import os
+import weakref
 
 import pytest
 import torch
@@ -12,12 +13,16 @@ from transformers import TrainerCallback, TrainingArguments
 
 from gracekit import ConfidenceGatedDKD, GraceObjective, LagrangianController, RelationalCKA
 from gracekit.quant import LSQConfig, fully_shard_qat, prepare_qat
+from gracekit.recipe import distillation
 from gracekit.recipe.distillation import (
+    Output,
     Reader,
     Share,
     Teacher,
+    TeacherSignal,
     counts_of,
     global_counts,
+    has_plain_head,
     head_weight,
     losses_of,
     supervised_rows,
@@ -74,7 +79,7 @@ class Catch(TrainerCallback):
             self.gradients = {name: g.clone() for name, g in grads.items() if g is not None}
 
 
-def one_step(folder, *, losses, batch_size, accumulate, from_hidden):
+def one_step(folder, *, losses, batch_size, accumulate, from_hidden, samples=range(8)):
     torch.manual_seed(0)
     student, teacher = pair()
     catch = Catch()
@@ -84,7 +89,7 @@ def one_step(folder, *, losses, batch_size, accumulate, from_hidden):
         teacher=Teacher(teacher, student, from_hidden=from_hidden, visual=True),
         from_hidden=from_hidden,
         model=student,
-        train_dataset=[sample(i) for i in range(8)],
+        train_dataset=[sample(i) for i in samples],
         data_collator=collate,
         callbacks=[catch],
         args=TrainingArguments(
@@ -158,6 +163,66 @@ def test_the_loss_of_a_step_is_the_objective_of_plain_forwards(tmp_path):
     assert entry["rcka"] == pytest.approx(expected.relational.item(), rel=1e-4)
     assert entry["gate_mean"] == pytest.approx(expected.gate_sum.item() / keep.sum().item(), rel=1e-4)
     assert 0 < entry["rcka_gradient_share"] < 1.5
+
+
+def test_of_text_alone_the_relational_part_has_no_share_to_warn_of(tmp_path):
+    _, trainer = one_step(tmp_path, losses="grace", batch_size=2, accumulate=1, from_hidden=True, samples=WITHOUT_IMAGE)
+    assert trainer.state.log_history[0]["rcka"] == 0
+    assert "rcka_gradient_share" not in trainer.state.log_history[0]
+
+
+def test_the_device_holds_one_micro_batch_at_a_time(tmp_path, monkeypatch):
+    """A move to the device is a copy here; of the copies only the one whose turn it is may be alive."""
+    moved, alive = [], []
+    prepare, loss = GraceTrainer._prepare_inputs, GraceTrainer.compute_loss
+
+    def move(self, batch):
+        found = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in prepare(self, batch).items()}
+        moved.append(weakref.ref(found["input_ids"]))
+        return found
+
+    def count(self, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in moved))
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(GraceTrainer, "_prepare_inputs", move)
+    monkeypatch.setattr(GraceTrainer, "compute_loss", count)
+    _, trainer = one_step(tmp_path, losses="grace", batch_size=2, accumulate=4, from_hidden=True)
+    assert alive == [1, 1, 1, 1]
+    assert trainer.get_train_dataloader().device is None
+    assert trainer.accelerator.device_placement
+
+
+@pytest.mark.parametrize("losses", ["ce", "kl", "rcka"])
+def test_from_hidden_states_no_logits_are_kept(losses, monkeypatch):
+    """Seven rows of logits in slabs of two, and what the graph keeps of them."""
+    monkeypatch.setattr(distillation, "_GATE_ELEMENTS", 2 * 128)
+    hidden, weight = torch.randn(7, 32, requires_grad=True), torch.randn(128, 32, requires_grad=True)
+    tokens = torch.randn(9, 32, requires_grad=True)
+    signal = TeacherSignal(hidden=torch.randn(7, 48), head=torch.randn(144, 48), tokens=torch.randn(9, 48))
+    targets, share = torch.arange(7), Share(signal=signal, counts={})
+    kept = []
+    seen = Output(hidden, None, tokens, [9], None)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        found = losses_of(losses, seen, weight, targets, share, objective())
+    assert not [shape for shape in kept if shape[-1:] == (128,) and len(shape) == 2]
+    ours = torch.autograd.grad(found.total, (hidden, weight))
+    whole = Output(None, hidden @ weight.T, tokens, [9], None)
+    expected = losses_of(losses, whole, None, targets, share, objective())
+    torch.testing.assert_close(found.total, expected.total)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected.total, (hidden, weight)))
+
+
+def test_a_head_is_tried_out_on_a_few_words():
+    seen = []
+    for model, plain in ((tiny_llava(image_token_id=2), True), (tiny_llava(image_token_id=2), False)):
+        if not plain:
+            model.lm_head.register_forward_hook(lambda module, args, output: 5 * torch.tanh(output))
+            torch.nn.init.normal_(model.lm_head.weight, std=3.0)
+        model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        assert has_plain_head(model) is plain
+    assert len(seen) == 4
+    assert all(given["input_ids"].tolist() == [[0, 1, 3, 4, 5, 6, 7, 8]] for given in seen)
 
 
 def ddp_rank(rank, world, folder, expected):

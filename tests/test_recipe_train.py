@@ -8,18 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conversation_cases import save_pair, write_llava
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText
 
 from gracekit.quant import load_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.callbacks import latest_checkpoint
 from gracekit.recipe.cli import main
-from gracekit.recipe.pairs import check_memory
+from gracekit.recipe.pairs import Pair, check_memory, memory_needed
 
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
 
@@ -259,6 +261,15 @@ def test_too_little_memory_is_said_with_figures():
     assert "its gradients 1048576.0" in reason
     assert "--teacher_mode precomputed" in reason
     assert check_memory({"student": 2.0**50, "its gradients": 1.0}, torch.device("cpu")) == []
+
+
+def test_a_teacher_that_is_not_online_still_needs_room_for_its_head():
+    pair = Pair(student=tiny_llava(), teacher=tiny_llava(width=48), processor=None, teacher_processor=None)
+    for mode, name, size in (("precomputed", "teacher's output head", 4 * 128 * 48), ("online", "teacher", None)):
+        config = SimpleNamespace(training=SimpleNamespace(fsdp=False), pair=SimpleNamespace(teacher_mode=mode))
+        needed = memory_needed(pair, config, ranks=1)
+        assert len(needed) == 4
+        assert needed[name] == (size or sum(4 * p.numel() for p in pair.teacher.parameters()))
 
 
 # Dies before the last file of its second checkpoint is written, without a chance to clean up.

@@ -12,24 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from gracekit._distributed import all_sum
 from gracekit._structure import find_output_head, unwrap
 from gracekit.capture import ActivationTap
 from gracekit.losses import entropy_gate, linear_gated_dkd, shift_labels
 from gracekit.objective import GraceObjective
+from gracekit.recipe.blank_picture import BlankPicture, has_pictures
 from gracekit.vlm import VisualTokenTap
 from gracekit.vlm.families import placeholder_id, require_decoder
 
 IGNORE_INDEX = -100
 ROWS = "supervised_rows"
+_TRIED = 8  # tokens
 _GATE_ELEMENTS = 1 << 26  # logits of a slab while gates are summed: 128 MiB in bfloat16
 
 
@@ -50,6 +53,13 @@ class TeacherSignal:
     logits: Tensor | None = None
     tokens: Tensor | None = None
     lengths: list[int] | None = None
+
+    def to(self, device: torch.device) -> TeacherSignal:
+        """Return the signal on a device, its head where it is: that is one tensor for all micro-batches."""
+        hidden, logits, tokens = (
+            None if value is None else value.to(device) for value in (self.hidden, self.logits, self.tokens)
+        )
+        return replace(self, hidden=hidden, logits=logits, tokens=tokens)
 
     def gate_sum(self, targets: Tensor, objective: GraceObjective) -> Tensor:
         """Return the sum of gates over the supervised tokens, a slab of logits at a time."""
@@ -103,10 +113,11 @@ class Reader:
         model: the model, unwrapped.
         from_hidden: keep what the output head takes, not its logits.
         visual: keep the visual tokens of the penultimate layer.
+        blank: what lets the vision tower run in a forward without pictures; None: it does not.
     """
 
-    def __init__(self, model: nn.Module, *, from_hidden: bool, visual: bool) -> None:
-        self.model, self.from_hidden = model, from_hidden
+    def __init__(self, model: nn.Module, *, from_hidden: bool, visual: bool, blank: BlankPicture | None = None) -> None:
+        self.model, self.from_hidden, self.blank = model, from_hidden, blank
         self.visual = VisualTokenTap(model, layer=-2) if visual else None
         self.last: ActivationTap | None = None
         if from_hidden:
@@ -124,13 +135,15 @@ class Reader:
         """
         # One position, because with none at all some wrappers take the head for unused.
         options = {"logits_to_keep": 1} if self.from_hidden else {}
+        blank = None if has_pictures(inputs) else self.blank
         with ExitStack() as stack:
-            for tap in (self.visual, self.last):
-                if tap is not None:
-                    stack.enter_context(tap)
+            for hooks in (self.visual, self.last, blank):
+                if hooks is not None:
+                    stack.enter_context(hooks)
             outputs = model(**inputs, **options, use_cache=False)
             tapped = self.visual.hidden() if self.visual else None
-            tokens, lengths = self.visual.tokens(inputs) if self.visual else (None, None)
+            images: list[int] | None = None if blank is None else []  # the blank one has features and no place
+            tokens, lengths = self.visual.tokens(inputs, lengths=images) if self.visual else (None, None)
             hidden = self.last.pop().flatten(0, 1)[rows] if self.last else None
         logits = outputs.logits.flatten(0, 1)[rows] if hidden is None else None
         return Output(hidden, logits, tokens, lengths, tapped), outputs
@@ -206,12 +219,16 @@ def head_weight(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def has_plain_head(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Whether a model's logits are the decoder's output times the head's weight, and nothing else, found out on a batch."""
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether a model's logits are the decoder's output times the head's weight, and nothing else, tried out on a few words.
+
+    A few, because models of many billion weights are tried out where they were loaded, on the CPU.
+    """
     head = find_output_head(model)
     if type(head) is not nn.Linear or head.bias is not None:
         return False
-    rows = torch.arange(inputs["input_ids"].numel(), device=inputs["input_ids"].device)
+    inputs = {"input_ids": _words(model).to(head.weight.device)[None]}
+    rows = torch.arange(_TRIED, device=head.weight.device)
     seen, _ = Reader(model, from_hidden=True, visual=False)(model, inputs, rows)
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     assert seen.hidden is not None
@@ -219,6 +236,12 @@ def has_plain_head(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     return logits.shape == found.shape and torch.allclose(
         logits, found, rtol=0.02, atol=0.02 * float(found.float().abs().max())
     )
+
+
+def _words(model: nn.Module) -> Tensor:
+    """Return the first ids that stand for no picture."""
+    placeholders = [placeholder_id(model, kind) for kind in ("image", "video")]
+    return torch.tensor([index for index in range(_TRIED + 2) if index not in placeholders][:_TRIED])
 
 
 def supervised_rows(labels: Tensor) -> Tensor:
@@ -272,16 +295,12 @@ def losses_of(
         assert signal is not None
         total, parts, gates = _gated(student, head, targets, signal, counts, objective)
     else:
-        logits = student.logits if student.logits is not None else F.linear(*_one_dtype(student.hidden, head))
         tokens = counts.get("token_count", len(targets)) or 1
-        cross_entropy = F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
-        total, parts = cross_entropy, {"ce": cross_entropy.detach()}
+        temperature = objective.distillation.config.temperature
+        cross_entropy, divergence = _plain(student, head, targets, signal if kind == "kl" else None, temperature)
+        total, parts = cross_entropy / tokens, {"ce": cross_entropy.detach() / tokens}
         if kind == "kl":
-            assert signal is not None
-            divergence = kl_divergence(
-                logits, signal.logits_of(slice(None)), objective.distillation.config.temperature, tokens
-            )
-            total, parts["kl"] = total + divergence, divergence.detach()
+            total, parts["kl"] = total + divergence / tokens, divergence.detach() / tokens
     if kind in ("rcka", "grace"):
         assert signal is not None
         assert student.tokens is not None
@@ -295,6 +314,34 @@ def losses_of(
         )
         total, parts["rcka"] = total + objective.relational_weight * relational, relational.detach()
     return Losses(total, parts, gates)
+
+
+def _plain(
+    student: Output, head: Tensor | None, targets: Tensor, signal: TeacherSignal | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy and the divergence to the teacher (0 without one), summed over tokens.
+
+    From hidden states a slab of logits at a time is made, and made again in the backward pass, so that none are kept.
+    """
+
+    def of(given: Tensor, weight: Tensor | None, part: slice) -> tuple[Tensor, Tensor]:
+        logits = given if weight is None else F.linear(given, weight)
+        cross_entropy = F.cross_entropy(logits.float(), targets[part], reduction="sum")
+        if signal is None:
+            return cross_entropy, torch.zeros_like(cross_entropy)
+        return cross_entropy, kl_divergence(logits, signal.logits_of(part), temperature, 1)
+
+    if student.hidden is None:
+        assert student.logits is not None
+        return of(student.logits, None, slice(None))
+    hidden, weight = _one_dtype(student.hidden, head)
+    rows = max(1, _GATE_ELEMENTS // len(weight))
+    parts = [
+        checkpoint(of, hidden[start : start + rows], weight, slice(start, start + rows), use_reentrant=False)
+        for start in range(0, max(1, len(targets)), rows)
+    ]
+    cross_entropies, divergences = zip(*parts, strict=True)
+    return torch.stack(cross_entropies).sum(), torch.stack(divergences).sum()
 
 
 def _gated(

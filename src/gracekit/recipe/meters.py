@@ -19,7 +19,7 @@ from gracekit.quant.lsq import LSQFakeQuantizer
 if TYPE_CHECKING:
     from gracekit.recipe.trainer import GraceTrainer
 
-_COUNTS = ("gates", "tokens")
+_COUNTS = ("gates", "tokens", "visual")
 _SQUARES = ("relational_square", "total_square")
 
 
@@ -58,6 +58,7 @@ class Meters:
 
     def watch(self, tokens: Tensor, tapped: Tensor) -> None:
         """Measure what the relational part adds to the gradient at the layer where its tokens are taken."""
+        self._add("visual", tokens.new_tensor(len(tokens), dtype=torch.float64))
         for name, tensor in zip(_SQUARES, (tokens, tapped), strict=True):
             if tensor.requires_grad:
                 hook = functools.partial(self._add_square, name)
@@ -93,7 +94,7 @@ class Meters:
             saturated = int(controller.saturated_steps)
             entry["saturated_share"] = (saturated - self._saturated) / self._steps
             self._saturated = saturated
-        if total.get("total_square"):
+        if total.get("total_square") and total["visual"]:  # of text alone there is nothing to say
             entry["rcka_gradient_share"] = (total.get("relational_square", 0.0) / total["total_square"]) ** 0.5
         entry["tokens_per_second"] = total["tokens"] / seconds
         entry["memory_gib"] = peak_memory(self.device) / 2**30

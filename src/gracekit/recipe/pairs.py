@@ -53,7 +53,7 @@ def load_pair(config: TrainConfig, *, teacher_weights: bool = True) -> Pair:
         OSError: a directory or hub name that is none.
         ValueError: a model that transformers knows no vision-language class for, one with quantised weights, or a broken file.
     """
-    student = _load("student", config.pair.student, config.pair.dtype())
+    student = load_student(config, config.pair.dtype())
     teacher = teacher_processor = None
     if config.method.losses != "ce":
         teacher = _load("teacher", config.pair.teacher, torch.bfloat16, weights=teacher_weights)
@@ -64,6 +64,11 @@ def load_pair(config: TrainConfig, *, teacher_weights: bool = True) -> Pair:
         processor=load_processor(config.pair.student),
         teacher_processor=teacher_processor,
     )
+
+
+def load_student(config: TrainConfig, dtype: torch.dtype) -> Any:
+    """Load the student alone, in a dtype."""
+    return _load("student", config.pair.student, dtype)
 
 
 def _load(side: str, name: str, dtype: torch.dtype, *, weights: bool = True) -> Any:
@@ -183,13 +188,18 @@ def _head(model: nn.Module) -> Any:
 def memory_needed(pair: Pair, config: TrainConfig, *, ranks: int) -> dict[str, float]:
     """Return the bytes that do not depend on the batch, by what holds them, for one process.
 
-    Weights, their gradients and Adam's two moments; FSDP's sharding divides these by the number of ranks. Activations come on top.
+    Weights, their gradients and Adam's two moments; FSDP's sharding divides these by the number of ranks. A teacher that is not
+    online leaves its output head. Activations come on top, and one micro-batch with its teacher's answer: the others of an
+    optimiser step wait on the CPU.
     """
     size = sum(p.numel() * p.element_size() for p in pair.student.parameters())
     shared = ranks if config.training.fsdp else 1
     needed = {"student": size / shared, "its gradients": size / shared, "Adam's moments": 2 * size / shared}
     if pair.teacher is not None and config.pair.teacher_mode == "online":
         needed["teacher"] = float(sum(p.numel() * p.element_size() for p in pair.teacher.parameters()))
+    elif pair.teacher is not None:
+        head = _head(pair.teacher).weight
+        needed["teacher's output head"] = float(head.numel() * head.element_size())
     return needed
 
 

@@ -45,7 +45,7 @@ def about_states(config: TrainConfig, pair: Pair, dataset: ConversationDataset) 
 
 
 def precompute(
-    config: TrainConfig, pair: Pair, dataset: ConversationDataset, collate: Any, first: dict[str, Any], folder: Path
+    config: TrainConfig, pair: Pair, dataset: ConversationDataset, collate: Any, folder: Path
 ) -> TeacherStates:
     """Return the teacher's answers for a data set, computed where they are missing.
 
@@ -54,7 +54,6 @@ def precompute(
         pair: both models, the teacher without weights where it has answered.
         dataset: what to answer for.
         collate: makes a batch of it.
-        first: a batch of the student's, to try the output head on.
         folder: of the run.
 
     Raises:
@@ -66,7 +65,7 @@ def precompute(
     if not next(pair.teacher.parameters()).is_meta:
         # An interrupted computation goes on as it began.
         there = read_about(where)
-        _compute(config, pair, dataset, collate, first, where, about, visual or bool(there and there["visual"]))
+        _compute(config, pair, dataset, collate, where, about, visual or bool(there and there["visual"]))
     if config.training.world_size > 1:
         config.training.distributed_state.wait_for_everyone()
     return TeacherStates(where, about, visual=visual)
@@ -77,14 +76,13 @@ def _compute(
     pair: Pair,
     dataset: ConversationDataset,
     collate: Any,
-    first: dict[str, Any],
     where: Path,
     about: dict[str, Any],
     visual: bool,
 ) -> None:
     training = config.training
     teacher = Teacher(pair.teacher, pair.student, from_hidden=False, visual=visual)
-    if has_plain_head(pair.teacher, teacher.inputs(first)):
+    if has_plain_head(pair.teacher):
         teacher = Teacher(pair.teacher, pair.student, from_hidden=True, visual=visual)
     teacher.to(training.device)
     with progress_bars() as bars:

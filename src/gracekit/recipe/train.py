@@ -23,14 +23,16 @@ from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.quant.lsq import LSQFakeQuantizer
 from gracekit.recipe.bad_records import BAD_RECORDS
 from gracekit.recipe.batches import ConversationCollator, ConversationDataset
+from gracekit.recipe.blank_picture import blank_picture
 from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
 from gracekit.recipe.conversations import Conversations, find_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
-from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, memory_needed
+from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, load_student, memory_needed
 from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.run_folder import DONE, open_run
+from gracekit.recipe.sharding import check_launch, forward_dtype
 from gracekit.recipe.stages import write_json
 from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset
 from gracekit.recipe.train_config import TrainConfig, parse
@@ -50,12 +52,15 @@ def train(config: TrainConfig) -> Path:
         ``save_pretrained`` does for ``precision="bf16"``, in both cases with the processor.
 
     Raises:
-        ValueError: bad records, or a pair that does not fit, with all reasons.
+        ValueError: bad records, a pair that does not fit, or a launch that it cannot be trained under, with all reasons.
         FileExistsError: the run's folder holds something else.
     """
     folder = Path(str(config.training.output_dir))
     if not open_run(config, folder):
         return folder / _MODEL
+    problems = check_launch(config.training, learned=config.pair.quantiser() is not None)
+    if problems:
+        raise ValueError("; ".join(problems))
     set_seed(config.training.seed)
     pair = load_pair(config, teacher_weights=not is_answered(config, folder))
     records = checked_records(config, pair, folder)
@@ -118,20 +123,20 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
 def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, folder: Path) -> GraceTrainer:
     """Return the trainer of a run, its teacher's answers computed where they are to be."""
     collate: Any = ConversationCollator(pair.processor, padding_side="right")
-    first = {name: value for name, value in collate([dataset[0]]).items() if name != "labels"}
-    from_hidden = has_plain_head(pair.student, first)
+    from_hidden = has_plain_head(pair.student)
     teacher, head = None, None
     data: Any = dataset
     if pair.teacher is not None and config.pair.teacher_mode == "precomputed":
-        states = precompute(config, pair, dataset, collate, first, folder)
+        states = precompute(config, pair, dataset, collate, folder)
         from_hidden = from_hidden and states.from_hidden
         head = states.head()
         head = head.to(config.training.device) if head is not None else None
         pair.teacher = None
         data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
     elif pair.teacher is not None:
-        teacher, from_hidden = _teacher(config, pair, first, from_hidden)
+        teacher, from_hidden = _teacher(config, pair, from_hidden)
     prepare_student(config, pair.student)
+    pictured = config.training.world_size > 1 and any(record.images for record in dataset.records)
     trainer = GraceTrainer(
         losses=config.method.losses,
         objective=config.method.objective(config.method.losses, vocab_size=pair.vocab_size),
@@ -140,6 +145,7 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
         teacher=teacher,
         teacher_head=head,
         from_hidden=from_hidden,
+        blank_picture=blank_picture(pair.processor) if pictured else None,
         model=pair.student,
         args=config.training,
         train_dataset=data,
@@ -170,9 +176,9 @@ def prepare_student(config: TrainConfig, student: nn.Module) -> None:
         raise ValueError(f"precision and group_size must be those of the student's scales, {there}, got {quantiser}")
 
 
-def _teacher(config: TrainConfig, pair: Pair, first: dict[str, Any], from_hidden: bool) -> tuple[Teacher, bool]:
+def _teacher(config: TrainConfig, pair: Pair, from_hidden: bool) -> tuple[Teacher, bool]:
     teacher = Teacher(pair.teacher, pair.student, from_hidden=False, visual=config.method.losses in ("rcka", "grace"))
-    if from_hidden and has_plain_head(pair.teacher, teacher.inputs(first)):
+    if from_hidden and has_plain_head(pair.teacher):
         teacher = Teacher(pair.teacher, pair.student, from_hidden=True, visual=teacher.reader.visual is not None)
     device = config.training.device
     if config.pair.teacher_mode == "offload":
@@ -190,7 +196,9 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
     model: Any = trainer.model
     quantiser = config.pair.quantiser()
     if state is not None:
-        model = load_pair(config).student
+        # What trained are the codes of weights as the forwards saw them, not those of the optimiser's copy.
+        dtype = forward_dtype(trainer.accelerator.state.fsdp_plugin) or config.pair.dtype()
+        model = load_student(config, dtype)
         if quantiser is not None:
             prepare_qat(model, quantiser)
         model.load_state_dict(state)
@@ -205,7 +213,8 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
     done = {"environment": environment(config.training.device), "steps": trainer.state.global_step, "history": log}
     write_json(folder / DONE, done)
     for left in folder.glob("checkpoint-*"):
-        shutil.rmtree(left)
+        if left.name.removeprefix("checkpoint-").isdigit():
+            shutil.rmtree(left)
     kind = f"with its learned scales ({SCALES_FILE})" if quantiser is not None else "in plain weights"
     _say(trainer, f"Trained: {output}, {kind}")
 

@@ -2,27 +2,27 @@
 
 The losses are those of the whole optimiser step: gates, tokens and images are counted over all of its micro-batches and ranks
 before the first of them runs, so k micro-batches on r ranks give the gradient of one batch. The teacher answers for all
-micro-batches during that count.
+micro-batches during that count; they and its answers wait on the CPU for their turn.
 """
 
 # B batch, S sequence length, T supervised tokens, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from gracekit._checks import check_choice, check_int
-from gracekit._distributed import world_size
+from gracekit._distributed import all_sum, world_size
 from gracekit.losses import shift_labels
 from gracekit.objective import GraceObjective
-from gracekit.quant import fully_shard_qat, qat_parameter_groups
-from gracekit.quant.lsq import LSQFakeQuantizer
+from gracekit.quant import qat_parameter_groups
+from gracekit.recipe.blank_picture import BlankPicture, has_pictures
 from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
@@ -39,8 +39,10 @@ from gracekit.recipe.distillation import (
     supervised_rows,
 )
 from gracekit.recipe.meters import Meters
+from gracekit.recipe.sharding import check_launch, has_learned_scales, is_sharded, shard_student
 
 _SHARE = "grace_share"
+_TAUGHT = ("teacher_logits", "teacher_hidden", "teacher_tokens", "teacher_lengths")
 
 
 class GraceTrainer(Trainer):  # type: ignore[misc]
@@ -65,10 +67,12 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
             products.
         relational_warmup: optimiser steps over which the relational part's weight rises from 0.
         calibration: finds tau from the first steps; None: the controller's target stands.
+        blank_picture: what the vision tower takes of one picture, by name (``pixel_values`` and its like), for micro-batches
+            without one on ranks that must all run it. None: under FSDP every micro-batch must have one, or none.
         **kwargs: as transformers' Trainer takes them.
 
     Raises:
-        ValueError: unknown losses, or several GPUs without a process for each.
+        ValueError: unknown losses, several GPUs without a process for each, or a way of sharding that learned scales do not bear.
     """
 
     loss_is_scaled_for_ga = True  # transformers: nothing is to be divided by the number of micro-batches
@@ -83,12 +87,17 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         from_hidden: bool = False,
         relational_warmup: int = 0,
         calibration: TauCalibration | None = None,
+        blank_picture: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         check_choice("losses", losses, LOSSES)
         check_int("relational_warmup", relational_warmup, low=0)
         self.optimizer: torch.optim.Optimizer | None = None
+        _find_unused(kwargs.get("args"))
         super().__init__(**kwargs)
+        problems = check_launch(self.args, learned=has_learned_scales(self.model))
+        if problems:
+            raise ValueError("; ".join(problems))
         if self.args.n_gpu > 1:
             raise ValueError(
                 "each GPU must have a process of its own (start with torchrun or accelerate launch), "
@@ -99,7 +108,11 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         self.losses, self.objective = losses, objective.to(self.args.device)
         self.teacher, self.teacher_head, self.calibration = teacher, teacher_head, calibration
         self.from_hidden = from_hidden
-        self.reader = Reader(self.model, from_hidden=from_hidden, visual=losses in ("rcka", "grace"))
+        self.together = world_size() > 1 and (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled or not self.args.ddp_find_unused_parameters
+        )
+        blank = BlankPicture(self.model, blank_picture) if self.together and blank_picture is not None else None
+        self.reader = Reader(self.model, from_hidden=from_hidden, visual=losses in ("rcka", "grace"), blank=blank)
         self.meters = Meters(self.args.device)
         self.data_collator: Any = RowsCollator(self.data_collator)
         self.remove_callback(PrinterCallback)
@@ -110,16 +123,29 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         """Whether the controller has its target; not so while it is still looked for."""
         return self.calibration is None or self.calibration.target is not None
 
+    def get_train_dataloader(self) -> Any:
+        """Return the loader; its batches stay on the CPU until their turn."""
+        placed = self.accelerator.device_placement
+        # Of a data set without a length accelerate's loader sends batches to other ranks, from the device.
+        self.accelerator.device_placement = placed and not hasattr(self.train_dataset, "__len__")
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placed
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._prepare_inputs(batch) for batch in batches]
-        signals = [self._signal(batch) for batch in batches]
-        with torch.no_grad():
-            parts = [
-                counts_of(signal, _targets(batch), self.objective)
-                for signal, batch in zip(signals, batches, strict=True)
-            ]
+        self._check_pictures(batches)
+        signals, parts = [], []
+        for number, batch in enumerate(batches):
+            # The device holds one micro-batch and its answer at a time; the others wait on the CPU.
+            moved = self._prepare_inputs(batch)
+            signal = self._signal(moved)
+            with torch.no_grad():
+                parts.append(counts_of(signal, _targets(moved), self.objective))
+            signals.append(signal if signal is None else signal.to(torch.device("cpu")))
+            batches[number] = {name: value for name, value in batch.items() if name not in _TAUGHT}
         if parts:
             counts = global_counts(parts)
             batches = [
@@ -139,6 +165,8 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         share = inputs.pop(_SHARE, None)
         if share is None:
             share = Share(signal=self._signal(inputs), counts={})
+        elif share.signal is not None:
+            share = replace(share, signal=share.signal.to(self.args.device))
         labels, rows = inputs.pop("labels"), inputs.pop(ROWS, None)
         rows = supervised_rows(labels) if rows is None else rows
         seen, outputs = self.reader(model, inputs, rows)
@@ -150,10 +178,26 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
                 self.meters.watch(seen.tokens, seen.tapped)
         # DDP and FSDP take the mean over ranks, and these are parts of a sum.
         loss = found.total * world_size() if share.counts else found.total
+        if self.together and self.from_hidden:
+            # FSDP2 begins a backward at the model's own output. Where only pictures' features led there, ranks with and without
+            # them would gather blocks in different orders.
+            loss = loss + 0 * outputs.logits.flatten()[0]
         return (loss, outputs) if return_outputs else loss
 
+    def _check_pictures(self, batches: list[dict[str, Any]]) -> None:
+        """Raise on all ranks where some of them would wait for ever for others to run the vision tower."""
+        if not self.together or self.reader.blank is not None:
+            return
+        seen = sum(has_pictures(batch) for batch in batches)
+        counts = all_sum(torch.tensor([seen, len(batches) - seen], device=self.args.device)).tolist()
+        if all(counts):
+            raise ValueError(
+                "every micro-batch must have a picture, or none may, because all ranks run the vision tower together, got "
+                f"{counts[0]} with one and {counts[1]} without: give GraceTrainer a blank_picture"
+            )
+
     def _signal(self, batch: dict[str, Any]) -> TeacherSignal | None:
-        given = {name: batch.pop(f"teacher_{name}", None) for name in ("logits", "hidden", "tokens", "lengths")}
+        given = {name.removeprefix("teacher_"): batch.pop(name, None) for name in _TAUGHT}
         if self.losses == "ce":
             return None
         if given["logits"] is not None or given["hidden"] is not None:
@@ -171,7 +215,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         """Return the arguments' optimiser over weights, vectors without decay, and learned scales at ten times the rate."""
         if self.optimizer is None:
             rate, decay = self.args.learning_rate, self.args.weight_decay
-            if any(isinstance(module, LSQFakeQuantizer) for module in self.model.modules()):
+            if has_learned_scales(self.model):
                 groups = qat_parameter_groups(self.model, lr=rate, weight_decay=decay)
             else:
                 trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -184,13 +228,10 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Shard a prepared model the one way that keeps its scales in float32, before accelerate would do it otherwise."""
+        """Shard the model the one way that keeps learned scales in float32, before accelerate would do it otherwise."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        learned = any(isinstance(module, LSQFakeQuantizer) for module in self.model.modules())
-        if plugin is not None and learned and not isinstance(self.model, FSDPModule):
-            if getattr(plugin, "fsdp_version", 1) != 2:
-                raise ValueError("a model with learned scales needs FSDP2 (fsdp_version: 2), got FSDP1")
-            fully_shard_qat(self.model, mp_policy=plugin.mixed_precision_policy)
+        if plugin is not None and not is_sharded(self.model):
+            shard_student(self.model, plugin)
         return super()._prepare_for_training(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -209,6 +250,17 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         if "loss" in logs:
             logs |= self.meters.read(self)
         super().log(logs, *args, **kwargs)
+
+
+def _find_unused(args: TrainingArguments | None) -> None:
+    """Let DDP look for parameters without a gradient: a vision tower's last layer is often unused, and text needs none of it.
+
+    transformers does that but under gradient checkpointing, where only the reentrant kind does not bear it.
+    """
+    if args is None or args.ddp_find_unused_parameters is not None:
+        return
+    if not (args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")):
+        args.ddp_find_unused_parameters = True
 
 
 class RowsCollator:
