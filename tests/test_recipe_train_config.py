@@ -155,6 +155,12 @@ def test_a_file_that_would_not_be_followed_is_refused(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("value", "expected"), [("true", True), ("false", False)])
+def test_sharding_is_a_switch_in_a_file_as_well(tmp_path, value, expected):
+    (tmp_path / "run.yaml").write_text(f"fsdp: {value}\n")
+    assert bool(parse([str(tmp_path / "run.yaml"), *NEEDED]).training.fsdp) == expected
+
+
 def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
     with pytest.raises(ValueError, match="must be a mapping of option to value, got list"):

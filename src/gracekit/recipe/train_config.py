@@ -235,6 +235,9 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
     """Spell settings as a command line does."""
     flags: list[str] = []
     for name, value in settings.items():
+        if name == "fsdp" and isinstance(value, bool):  # this one knows the bare flag alone
+            flags += ["--fsdp"] * value
+            continue
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         flags += [f"--{name}", *map(str, values)]
     return flags
