@@ -17,16 +17,8 @@ from bench_visual_tap import tiny_models
 
 from gracekit import ConfidenceGatedDKD, GraceObjective, shift_labels
 from gracekit.quant import LSQConfig, prepare_qat
-from gracekit.recipe.distillation import (
-    Reader,
-    Share,
-    Teacher,
-    counts_of,
-    global_counts,
-    head_weight,
-    losses_of,
-    supervised_rows,
-)
+from gracekit.recipe.distillation import Reader, Teacher, head_weight, supervised_rows
+from gracekit.recipe.step_losses import Share, counts_of, global_counts, losses_of
 
 SAMPLES, IMAGE, TEXT, ANSWER = 4, (1, 48, 50), 424, 150
 VARIANTS = ("baseline", "ce from hidden states", "+ gdkd", "+ rcka", "+ int4 weights: GRACE")

@@ -12,7 +12,8 @@ import pytest
 from recipe_cases import save_tiny_teacher, tiny_arguments
 
 from gracekit.recipe import cli
-from gracekit.recipe.ablate import METHODS, AblationConfig, AblationOptions, pack, unpack
+from gracekit.recipe.ablate import AblationConfig, AblationOptions
+from gracekit.recipe.ablation_cells import METHODS, pack, unpack
 from gracekit.recipe.ablation_report import markdown
 from gracekit.recipe.comparisons import compare, pairs
 from gracekit.recipe.config import LOSSES, GraceConfig, RunConfig

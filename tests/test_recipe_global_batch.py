@@ -17,16 +17,13 @@ from gracekit.recipe import distillation
 from gracekit.recipe.distillation import (
     Output,
     Reader,
-    Share,
     Teacher,
     TeacherSignal,
-    counts_of,
-    global_counts,
     has_plain_head,
     head_weight,
-    losses_of,
     supervised_rows,
 )
+from gracekit.recipe.step_losses import Share, counts_of, global_counts, losses_of
 from gracekit.recipe.trainer import GraceTrainer
 
 LENGTH = 16
@@ -196,7 +193,7 @@ def test_the_device_holds_one_micro_batch_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("losses", ["ce", "kl", "rcka"])
 def test_from_hidden_states_no_logits_are_kept(losses, monkeypatch):
     """Seven rows of logits in slabs of two, and what the graph keeps of them."""
-    monkeypatch.setattr(distillation, "_GATE_ELEMENTS", 2 * 128)
+    monkeypatch.setattr(distillation, "SLAB_ELEMENTS", 2 * 128)
     hidden, weight = torch.randn(7, 32, requires_grad=True), torch.randn(128, 32, requires_grad=True)
     tokens = torch.randn(9, 32, requires_grad=True)
     signal = TeacherSignal(hidden=torch.randn(7, 48), head=torch.randn(144, 48), tokens=torch.randn(9, 48))

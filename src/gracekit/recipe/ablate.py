@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from gracekit._checks import check_choice, check_int
+from gracekit.recipe.ablation_cells import METHODS, pack
 from gracekit.recipe.bad_records import BadRecordsError
 from gracekit.recipe.config import GraceConfig, RecipeConfig, RunConfig, TrainConfig, option
 from gracekit.recipe.data import encode
@@ -28,15 +29,6 @@ from gracekit.recipe.models import teacher_folder
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.stages import only_finite, write_json
 
-# Name of a student: its losses, and whether it is also trained with quantised weights.
-METHODS = {
-    "ce": ("ce", True),
-    "gdkd-fixed": ("gdkd", False),
-    "rcka": ("rcka", False),
-    "gdkd": ("gdkd", False),
-    "grace": ("grace", True),
-    "kl": ("kl", True),
-}
 _KEPT = ("ce", "kl", "gdkd", "rcka", "beta", "ema", "tau", "saturated_share", "skipped", "rcka_gradient_share")
 
 
@@ -167,28 +159,6 @@ def _cell(run: Run, student: Student, variant: dict[str, Any], home: Path) -> di
     last = variant.pop("history")[-1]
     end = {name: last[name] for name in _KEPT if name in last}
     return variant | {"method": student.name, "end": end, "right": pack(right)}
-
-
-def pack(right: Sequence[bool]) -> str:
-    """Return a vector of right (1) and wrong (0) as hexadecimal digits, four questions each, zeros at the end.
-
-    Example:
-        >>> pack([True, False, False, True, True])
-        '98'
-    """
-    text = "".join("1" if value else "0" for value in right)
-    text += "0" * (-len(text) % 4)
-    return "".join(f"{int(text[i : i + 4], 2):x}" for i in range(0, len(text), 4))
-
-
-def unpack(digits: str, count: int) -> list[bool]:
-    """Return what :func:`pack` was given.
-
-    Example:
-        >>> unpack("98", 5)
-        [True, False, False, True, True]
-    """
-    return [bit == "1" for digit in digits for bit in f"{int(digit, 16):04b}"][:count]
 
 
 def teacher_ground(run: Run, bins: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-from gracekit.recipe.ablate import METHODS
+from gracekit.recipe.ablation_cells import METHODS
 from gracekit.recipe.comparisons import Cell, cells, precisions_of
 from gracekit.recipe.experiment import FULL
 from gracekit.recipe.paired_tests import mean_interval

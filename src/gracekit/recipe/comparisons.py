@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from gracekit.recipe.ablate import unpack
+from gracekit.recipe.ablation_cells import unpack
 from gracekit.recipe.experiment import FULL
 from gracekit.recipe.paired_tests import holm, mcnemar, mean_interval, paired_t, sign_flip
 

@@ -26,20 +26,10 @@ from gracekit.recipe.blank_picture import BlankPicture, has_pictures
 from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
-from gracekit.recipe.distillation import (
-    ROWS,
-    Reader,
-    Share,
-    Teacher,
-    TeacherSignal,
-    counts_of,
-    global_counts,
-    head_weight,
-    losses_of,
-    supervised_rows,
-)
+from gracekit.recipe.distillation import ROWS, Reader, Teacher, TeacherSignal, head_weight, supervised_rows
 from gracekit.recipe.meters import Meters
 from gracekit.recipe.sharding import check_launch, has_learned_scales, is_sharded, shard_student
+from gracekit.recipe.step_losses import Share, counts_of, global_counts, losses_of
 
 _SHARE = "grace_share"
 _TAUGHT = ("teacher_logits", "teacher_hidden", "teacher_tokens", "teacher_lengths")
