@@ -161,10 +161,21 @@ def test_eager_attention_gives_the_same_tokens():
     assert torch.equal(generate(model, batch, max_new_tokens=NEW).sequences, expected)
 
 
-@pytest.mark.slow
-def test_a_compiled_step_gives_the_same_tokens():
-    model, batch = built("llava", layers=1), FAMILIES["llava"].batch(BATCHES["several"])
-    assert torch.equal(generate(model, batch, max_new_tokens=NEW, compile=True).sequences, theirs(model, batch))
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("places", [48, 80])
+@pytest.mark.parametrize("options", [{}, {"compile": True}, {"cuda_graph": False}], ids=["graph", "compiled", "plain"])
+def test_tokens_on_cuda_are_those_of_transformers(options, places):
+    model = built("llava", layers=1).cuda()
+    batch = {name: value.cuda() for name, value in FAMILIES["llava"].batch(BATCHES["several"]).items()}
+    generator = Generator(model, 3, places, **options)
+    for _ in range(2):
+        assert torch.equal(generator.generate(batch, max_new_tokens=NEW).sequences, theirs(model, batch))
+
+
+def test_a_compiled_step_on_a_cpu_is_refused():
+    with pytest.raises(ValueError, match="compile must be False for a model on a CPU"):
+        Generator(built("llava"), 1, 60, compile=True)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import CONTROLLER_FILE, latest_checkpoint
 from gracekit.recipe.config import GraceConfig
 from gracekit.recipe.data import PackedVqa, load_easy_vqa
-from gracekit.recipe.step_losses import kl_divergence
 from gracekit.recipe.meters import Meters
 from gracekit.recipe.models import build_model, teacher_outputs
 from gracekit.recipe.stages import Stage, run_stage
+from gracekit.recipe.step_losses import kl_divergence
 from gracekit.recipe.trainer import GraceTrainer
 from gracekit.vlm import VisualTokenTap
 

@@ -64,12 +64,12 @@ class Generator:
             line, the Qwen-VL line up to 3, InternVL, Idefics3, Mistral3, text models like Llama).
         max_batch: largest B.
         max_length: largest L + max_new_tokens, at most the model's positions.
-        compile: compile the model's decode step with torch.compile.
+        compile: compile the model's decode step with torch.compile; on CUDA alone.
         cuda_graph: capture the decode step where the model is on a CUDA device.
 
     Raises:
         ValueError: the model has no decoder, fewer positions than ``max_length``, an attention implementation other than sdpa and
-            eager, or is in training mode.
+            eager, is in training mode, or is on a CPU and to be compiled.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -89,6 +89,11 @@ class Generator:
         self.max_length = check_int("max_length", max_length, low=2)
         check_model(model, self.max_length)
         self.model: Any = unwrap(model)
+        if compile and next(model.parameters()).device.type == "cpu":
+            # With torch 2.13 such a step gives other tokens, or none, depending on the instruction set and the cache's length.
+            raise ValueError(
+                "compile must be False for a model on a CPU, whose compiled decode step is wrong, got compile=True"
+            )
         self.compile, self.cuda_graph = compile, cuda_graph
         self._decoding: Decoding | None = None
 
@@ -202,7 +207,7 @@ def generate(
         generation_config: transformers' settings. None: the model's own, greedy.
         logits_processor: applied after those that the settings name.
         generator: random numbers for sampling.
-        compile: compile the decode step.
+        compile: compile the decode step; on CUDA alone.
 
     Returns:
         Sequences, their lengths, and what they took.
