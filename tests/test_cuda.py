@@ -1,6 +1,7 @@
 """What only a CUDA device can show of the losses and the controller: no step waits for the device. Skipped elsewhere."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ DTYPES = [torch.bfloat16, torch.float32]
 @contextlib.contextmanager
 def no_sync():
     """Make every operation that waits for the device an error."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -163,6 +163,7 @@ def test_eager_attention_gives_the_same_tokens():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("places", [48, 80])
 @pytest.mark.parametrize("options", [{}, {"compile": True}, {"cuda_graph": False}], ids=["graph", "compiled", "plain"])
 def test_tokens_on_cuda_are_those_of_transformers(options, places):

@@ -75,7 +75,7 @@ def test_values_and_gradients_on_cuda_are_those_of_the_cpu(dtype):
     grad = normal(2, 16, 256, dtype=dtype)
     results = []
     for device in ("cpu", "cuda"):
-        w, theta = (tensor.to(device).requires_grad_() for tensor in (weight, log_scale))
+        w, theta = (tensor.detach().clone().to(device).requires_grad_() for tensor in (weight, log_scale))
         values = lsq_fake_quantize(w, theta, group_size=64)
         values.backward(grad.to(device))
         results.append((values.cpu(), w.grad.cpu(), theta.grad.cpu()))

@@ -23,7 +23,7 @@ def test_clipped_weights_pass_gradcheck_where_the_function_is_smooth():
     assert torch.autograd.gradcheck(clipped, (weight, log_scale))
 
 
-def test_only_weight_and_log_scale_are_kept_for_backward():
+def test_only_weight_and_rounded_scales_are_kept_for_backward():
     weight, log_scale = pair(torch.bfloat16)
     kept = []
 
@@ -33,7 +33,9 @@ def test_only_weight_and_log_scale_are_kept_for_backward():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         lsq_fake_quantize(weight, log_scale, group_size=8)
-    assert {tensor.data_ptr() for tensor in kept} == {weight.data_ptr(), log_scale.data_ptr()}
+    first, second = kept
+    assert first.data_ptr() == weight.data_ptr()
+    assert (second.shape, second.dtype) == (log_scale.shape, torch.bfloat16)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "log_scale"])
@@ -53,8 +55,17 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(
         lsq_fake_quantize(weight, log_scale, group_size=8).square().sum(), weight, create_graph=True
     )
-    with pytest.raises(NotImplementedError, match="differentiated once"):
+    with pytest.raises(
+        RuntimeError, match="lsq_fake_quantize has a closed-form gradient and cannot be differentiated twice"
+    ):
         grad.sum().backward()
+
+
+def test_transforms_of_functions_take_the_operator():
+    weight, log_scale = pair()
+    expected = torch.autograd.grad(lsq_fake_quantize(weight, log_scale, group_size=8).square().sum(), weight)[0]
+    found = torch.func.grad(lambda w: lsq_fake_quantize(w, log_scale, group_size=8).square().sum())(weight)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
-from triton.testing import do_bench_cudagraph
 
 from gracekit.quant import _triton_int4 as kernel
 from gracekit.quant._int4_layout import TILE
@@ -35,9 +36,19 @@ from gracekit.quant._triton_int4 import Schedule
 _LARGEST = 1 << 13  # rows beyond are as many as these
 _SPLITS = (1, 2, 4, 8, 16)
 _SPLIT_ROWS = 256  # rows of x beyond which tiles are many and nothing is split
-_WAVES = (0.7, 9.0)  # programs per multiprocessor that are worth a try
+_WAVES = (2.0, 8.0)  # programs per multiprocessor that are worth a try
+_STAGES = 3
+# For so many rows of x in a program: output rows and warps, and whether the weights take their scale first.
+_SHAPES = (
+    ((8,), ((32, 1), (64, 4)), False),
+    ((16,), ((64, 4), (128, 4)), False),
+    ((32,), ((64, 4), (128, 8)), False),
+    ((64,), ((64, 4), (128, 8)), False),
+    ((128,), ((64, 4), (128, 8)), True),
+    ((256,), ((128, 8),), True),
+)
 _COPIES = 64
-_MILLISECONDS = 20
+_REPLAYS = 10
 
 _log = logging.getLogger(__name__)
 
@@ -97,19 +108,20 @@ def _table(device: int) -> Table:
     return Table(cache_folder() / f"int4-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
 
 
-def schedules(rows: int, outputs: int, chunks: int, processors: int) -> Iterator[Schedule]:
-    """Yield what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors."""
-    widest = max(16, min(triton.next_power_of_2(rows), 128))
-    widths = {widest, max(16, widest // 2)} if rows > 32 else {8, 16} if rows <= 8 else {widest}
-    for tokens in sorted(widths):
-        for tile in (64, 128):
+def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Schedule]:
+    """Return what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors."""
+    tokens = max(8, min(triton.next_power_of_2(rows), 256))
+    found = []
+    for widths, tiles, scaled in _SHAPES:
+        if tokens not in widths:
+            continue
+        for tile, warps in tiles:
             blocks = triton.cdiv(rows, tokens) * triton.cdiv(outputs, tile)
             splits = [s for s in _SPLITS if s == 1 or (rows <= _SPLIT_ROWS and 2 * s <= chunks)]
             filling = [s for s in splits if _WAVES[0] <= blocks * s / processors <= _WAVES[1]]
             for split in filling or [splits[-1] if blocks < processors else 1]:
-                for warps in (4, 8) if tile == 128 else (4,):
-                    for stages in (3, 5):
-                        yield Schedule(tile, tokens, split, warps, stages)
+                found.append(Schedule(tile, tokens, split, warps, _STAGES, scaled))
+    return found
 
 
 def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> dict[str, Any]:
@@ -120,13 +132,17 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
     inputs = torch.randn(rows, shape[1], dtype=x.dtype, device=x.device)
     count = min(_COPIES, 1 + 2 * properties.L2_cache_size // (packed.numel() * packed.element_size()))
     weights = [packed, *(packed.clone() for _ in range(count - 1))]
+    tried = [
+        schedule
+        for schedule in schedules(rows, outputs, packed.shape[1], properties.multi_processor_count)
+        if kernel.counters_needed(len(packed) * TILE, rows, schedule) <= counters.numel()
+    ]
+    kernel.compile_ahead(inputs, packed, scale, counters, outputs, tried)
     with torch.cuda.device(x.device):
         torch.cuda.synchronize()  # a product that still runs has its hands on the counters
-        dense = _microseconds(lambda weight: F.linear(inputs, kernel.values(weight, scale, shape)), weights)
+        dense = _microseconds(lambda weight: F.linear(inputs, kernel.values(weight, scale, shape, x.dtype)), weights)
         times: dict[Schedule | None, float] = {None: dense}
-        for schedule in schedules(rows, shape[0], packed.shape[1], properties.multi_processor_count):
-            if kernel.counters_needed(len(packed) * TILE, rows, schedule) > counters.numel():
-                continue
+        for schedule in tried:
             multiply = functools.partial(_product, inputs, scale, counters, outputs, schedule)
             try:
                 times[schedule] = _microseconds(multiply, weights)
@@ -145,10 +161,22 @@ def _product(x: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedule:
 
 
 def _microseconds(run: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
-    """Return the median time of one product, the weights taking turns."""
-
-    def turn() -> None:
+    """Return the median time of one product, the weights taking turns in a CUDA graph."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        run(weights[0])  # loads the kernel, which a capture does not allow
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()  # torch.cuda.graph would give all free memory back first
         for weight in weights:
             run(weight)
-
-    return 1e3 * float(do_bench_cudagraph(turn, rep=_MILLISECONDS, return_mode="median")) / len(weights)
+        graph.capture_end()
+        marks: Any = [torch.cuda.Event(enable_timing=True) for _ in range(_REPLAYS + 1)]  # type: ignore[no-untyped-call]
+        graph.replay()
+        for mark in marks[:-1]:
+            mark.record()
+            graph.replay()
+        marks[-1].record()
+        stream.synchronize()
+    times = [float(start.elapsed_time(end)) for start, end in itertools.pairwise(marks)]
+    return 1e3 * statistics.median(times) / len(weights)

@@ -16,32 +16,39 @@ also sets the counter back to zero.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import AsyncCompileMode
+from triton.language.extra.cuda import gdc_wait
 
 from gracekit.quant._int4_layout import CHUNK, TILE, WORDS
 
 _TILE = tl.constexpr(TILE)
 _CHUNK = tl.constexpr(CHUNK)
 _WORDS = tl.constexpr(WORDS)
-_PLANES = tl.constexpr(CHUNK // WORDS)
 _CODES_OF_ZERO = tl.constexpr(-0x77777778)  # eight times u = 8
 _VALUES_ROWS = 32
+_BAND = 8
 
 
 class Schedule(NamedTuple):
     """How ``linear_kernel`` is launched.
 
     Attributes:
-        rows: output rows of a program, 64 or a multiple.
-        tokens: rows of x of a program, a power of two from 16 on.
+        rows: output rows of a program, a power of two from 16 on.
+        tokens: rows of x of a program, a power of two from 8 on.
         split: programs among which a tile's inputs are dealt out.
         warps: of a program.
         stages: chunks in flight.
+        scaled: whether weights are multiplied, rounded as training rounds them; else codes, and each group's sum by its scale.
     """
 
     rows: int
@@ -49,6 +56,7 @@ class Schedule(NamedTuple):
     split: int
     warps: int
     stages: int
+    scaled: bool
 
 
 def _assembly(number: str, take_away: str) -> str:
@@ -116,40 +124,69 @@ def _codes(at, inside, dtype: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.c
 
 
 @triton.jit
+def _side_by_side(codes, FIRST: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr):
+    """COUNT planes (ROWS, 16) from FIRST on as (ROWS, 16 * COUNT), which no thread has to give up a value for."""
+    if COUNT == 2:
+        planes = tl.join(codes[FIRST], codes[FIRST + 1])  # row, element, plane
+        return tl.reshape(tl.permute(planes, (0, 2, 1)), (ROWS, COUNT * _WORDS))
+    elif COUNT == 4:
+        even, odd = tl.join(codes[FIRST], codes[FIRST + 2]), tl.join(codes[FIRST + 1], codes[FIRST + 3])
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (ROWS, COUNT * _WORDS))
+    else:
+        even = tl.join(tl.join(codes[0], codes[4]), tl.join(codes[2], codes[6]))
+        odd = tl.join(tl.join(codes[1], codes[5]), tl.join(codes[3], codes[7]))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (ROWS, COUNT * _WORDS))
+
+
+@triton.jit
+def _weights(codes, scales, dtype: tl.constexpr):
+    """The values q * s, rounded once to ``dtype``."""
+    return (codes * scales.to(codes.dtype)[:, None]).to(dtype)
+
+
+@triton.jit(do_not_specialize=["M", "chunks"])
 def linear_kernel(
     x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded,
     STEPS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, ASSEMBLY: tl.constexpr,
+    SCALED: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of TOKENS rows of x, over one of SPLIT shares of the inputs; ``padded`` output rows are packed.
 
+    SCALED: what is multiplied is q * s in x's dtype; else q, and the sum over a group times s.
     MASKED: the last step of a share may lie beyond the inputs, or the last program beyond the rows packed.
+    EARLY: launched while the kernel before it ends; waits for what that has written.
+    BAND: blocks of rows of x that go through all tiles together, so that the cache holds them.
     """
-    tile, share, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    share = tl.program_id(1)
+    tiles = tl.cdiv(padded, ROWS)
+    first = tl.program_id(0) // (BAND * tiles) * BAND
+    size = min(tl.cdiv(M, TOKENS) - first, BAND)
+    inside = tl.program_id(0) % (BAND * tiles)
+    tile, block = inside // size, first + inside % size
     row = tile * ROWS + tl.arange(0, ROWS)
     token = block * TOKENS + tl.arange(0, TOKENS)
-    element = tl.arange(0, _WORDS)[:, None]
+    k = tl.arange(0, G)[:, None]
     words = packed + ((row // _TILE).to(tl.int64) * (chunks * _TILE) + row % _TILE)[:, None] * _WORDS
-    inputs = x + token.to(tl.int64)[None, :] * stride
+    inputs = x + token.to(tl.int64)[None, :] * stride + k
     is_token = (token < M)[None, :]
     total = tl.zeros([ROWS, TOKENS], tl.float32)
+    if EARLY:
+        gdc_wait()  # for x, and for whoever still has the workspace
     for step in tl.range(0, STEPS, num_stages=STAGES):
         chunk = step * SPLIT + share
         left = K - chunk * _CHUNK
         is_packed = (row < padded) & (left > 0)
         codes = _codes(words + chunk * (_TILE * _WORDS), is_packed[:, None], x.dtype.element_ty, MASKED, ASSEMBLY)
-        scales = scale + chunk * (_CHUNK // G) * padded + row
-        part = tl.zeros([ROWS, TOKENS], tl.float32)
-        for plane in tl.static_range(_PLANES):
-            k = plane * _WORDS + element
-            here = is_token & (k < left) if MASKED else is_token
-            v = tl.load(inputs + (chunk * _CHUNK + k), mask=here, other=0.0)
-            part = tl.dot(codes[plane], v.to(codes[plane].dtype), part)
-            if (plane + 1) * _WORDS % G == 0:
-                at = scales + plane * _WORDS // G * padded
-                s = tl.load(at, mask=is_packed, other=0.0) if MASKED else tl.load(at)
-                total += part * s.to(tl.float32)[:, None]
-                part = tl.zeros([ROWS, TOKENS], tl.float32)
+        for group in tl.static_range(_CHUNK // G):
+            at = scale + (chunk * (_CHUNK // G) + group) * padded + row
+            s = tl.load(at, mask=is_packed, other=0.0) if MASKED else tl.load(at)
+            here = is_token & (k < left - group * G) if MASKED else is_token
+            v = tl.load(inputs + (chunk * _CHUNK + group * G), mask=here, other=0.0)
+            q = _side_by_side(codes, group * (G // _WORDS), G // _WORDS, ROWS)
+            if SCALED:
+                total = tl.dot(_weights(q, s, x.dtype.element_ty).to(q.dtype), v.to(q.dtype), total)
+            else:
+                total += tl.dot(q, v.to(q.dtype)) * s[:, None]
 
     out = y + token.to(tl.int64)[None, :] * N + row[:, None]
     written = is_token & (row < N)[:, None]
@@ -157,7 +194,7 @@ def linear_kernel(
         tl.store(out, total.to(y.dtype.element_ty), mask=written)
     else:
         # One slab (TOKENS, ROWS) a share and tile, whole, so that no mask is needed.
-        place = (block * tl.num_programs(0) + tile).to(tl.int64)
+        place = (block * tiles + tile).to(tl.int64)
         slab = partial + place * (SPLIT * ROWS * TOKENS)
         cell = tl.arange(0, TOKENS)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
         tl.store(slab + share * (ROWS * TOKENS) + cell, total)
@@ -178,16 +215,15 @@ def values_kernel(
     """ROWS rows of W over one chunk of inputs."""
     chunk = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    element = tl.arange(0, _WORDS)[None, :]
     at = packed + ((row // _TILE).to(tl.int64) * (chunks * _TILE) + chunk * _TILE + row % _TILE)[:, None] * _WORDS
     codes = _codes(at, (row < padded)[:, None], values.dtype.element_ty, False, ASSEMBLY)
-    scales = scale + chunk * (_CHUNK // G) * padded + row
-    to = values + row.to(tl.int64)[:, None] * K
-    for plane in tl.static_range(_PLANES):
-        s = tl.load(scales + plane * _WORDS // G * padded).to(tl.float32)[:, None]
-        k = chunk * _CHUNK + plane * _WORDS + element
-        value = (codes[plane].to(tl.float32) * s).to(values.dtype.element_ty)
-        tl.store(to + k, value, mask=(row < N)[:, None] & (k < K))
+    k = chunk * _CHUNK + tl.arange(0, G)[None, :]
+    to = values + row.to(tl.int64)[:, None] * K + k
+    for group in tl.static_range(_CHUNK // G):
+        s = tl.load(scale + (chunk * (_CHUNK // G) + group) * padded + row)
+        q = _side_by_side(codes, group * (G // _WORDS), G // _WORDS, ROWS)
+        here = (row < N)[:, None] & (k < K - group * G)
+        tl.store(to + group * G, _weights(q, s, values.dtype.element_ty), mask=here)
 
 
 def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedule: Schedule) -> Tensor:
@@ -196,38 +232,89 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: 
     Args:
         x: bfloat16 or float16.
         packed: words (T, C, 64, 16).
-        scale: (C * 128 / G, T * 64).
+        scale: (C * 128 / G, T * 64) float32.
         counters: zeros int32, at least :func:`counters_needed`; zeros again afterwards. Two calls at once must not share them.
         outputs: N.
         schedule: how to launch.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
-    rows, inputs = x.shape
-    tiles, chunks = packed.shape[:2]
-    padded, split = tiles * TILE, schedule.split
-    grid = (triton.cdiv(padded, schedule.rows), split, triton.cdiv(rows, schedule.tokens))
-    y = x.new_empty(rows, outputs)
-    slabs = grid[0] * grid[2] * split * schedule.rows * schedule.tokens if split > 1 else 0
+    y = x.new_empty(len(x), outputs)
+    partial = x.new_empty(_workspace(len(packed) * TILE, len(x), schedule), dtype=torch.float32)
+    grid, options = _launch(x, packed, scale, schedule)
     with torch.cuda.device(x.get_device()):
-        linear_kernel[grid](
-            x, packed, scale, y, x.new_empty(slabs, dtype=torch.float32), counters,
-            rows, outputs, inputs, x.stride(0), chunks, padded, STEPS=triton.cdiv(chunks, split),
-            G=chunks * CHUNK // scale.shape[0], SPLIT=split, ROWS=schedule.rows, TOKENS=schedule.tokens,
-            STAGES=schedule.stages, MASKED=bool(inputs % CHUNK or chunks % split or padded % schedule.rows),
-            ASSEMBLY=x.is_cuda, num_warps=schedule.warps,
-        )  # fmt: skip
+        linear_kernel[grid](*_arguments(x, packed, scale, y, partial, counters), **options)
     return y
+
+
+def compile_ahead(
+    x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedules: Iterable[Schedule]
+) -> None:
+    """Compile what :func:`linear` launches for the schedules, several at a time; one that cannot be compiled is passed over."""
+    y, partial = x.new_empty(len(x), outputs), x.new_empty(0, dtype=torch.float32)
+    with (
+        torch.cuda.device(x.get_device()),
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        AsyncCompileMode(threads, ignore_errors=True),
+    ):
+        for schedule in schedules:
+            grid, options = _launch(x, packed, scale, schedule)
+            linear_kernel.warmup(*_arguments(x, packed, scale, y, partial, counters), grid=grid, **options)
+
+
+def _arguments(x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, partial: Tensor, counters: Tensor) -> list[Any]:
+    tiles, chunks = packed.shape[:2]
+    return [x, packed, scale, y, partial, counters, len(x), y.shape[1], x.shape[1], x.stride(0), chunks, tiles * TILE]
+
+
+def _launch(x: Tensor, packed: Tensor, scale: Tensor, schedule: Schedule) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Return the grid and everything that is compiled in."""
+    tiles, chunks = packed.shape[:2]
+    early = _launches_early(x.device)
+    options = {
+        "STEPS": triton.cdiv(chunks, schedule.split),
+        "G": chunks * CHUNK // scale.shape[0],
+        "SPLIT": schedule.split,
+        "ROWS": schedule.rows,
+        "TOKENS": schedule.tokens,
+        "STAGES": schedule.stages,
+        "SCALED": schedule.scaled,
+        "MASKED": bool(x.shape[1] % CHUNK or chunks % schedule.split or tiles * TILE % schedule.rows),
+        "ASSEMBLY": x.is_cuda,
+        "EARLY": early,
+        "BAND": _BAND,
+        "num_warps": schedule.warps,
+    }
+    if early:
+        options["launch_pdl"] = True
+    return (_places(tiles * TILE, len(x), schedule), schedule.split), options
+
+
+def _places(padded: int, rows: int, schedule: Schedule) -> int:
+    return int(triton.cdiv(padded, schedule.rows) * triton.cdiv(rows, schedule.tokens))
+
+
+def _workspace(padded: int, rows: int, schedule: Schedule) -> int:
+    """Return how many partial sums a product leaves."""
+    return (
+        _places(padded, rows, schedule) * schedule.split * schedule.rows * schedule.tokens if schedule.split > 1 else 0
+    )
+
+
+@functools.cache
+def _launches_early(device: torch.device) -> bool:
+    """Whether the device can begin a launch before the one in front has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def counters_needed(padded: int, rows: int, schedule: Schedule) -> int:
     """Return how many counters a product of ``rows`` rows takes."""
-    return triton.cdiv(padded, schedule.rows) * triton.cdiv(rows, schedule.tokens) if schedule.split > 1 else 0
+    return _places(padded, rows, schedule) if schedule.split > 1 else 0
 
 
-def values(packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Return W (N, K) of ``shape`` in the dtype of the scales, bfloat16 or float16."""
+def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return W (N, K) of ``shape`` in ``dtype``, bfloat16 or float16."""
     tiles, chunks = packed.shape[:2]
-    dense = scale.new_empty(shape)
+    dense = scale.new_empty(shape, dtype=dtype)
     grid = (chunks, triton.cdiv(shape[0], _VALUES_ROWS))
     with torch.cuda.device(packed.get_device()):
         values_kernel[grid](

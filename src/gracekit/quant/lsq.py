@@ -7,10 +7,11 @@ of LSQ (Esser et al., ICLR 2020) with g = dL/dW_q and "inside" meaning that roun
     ds     = sum over the group of g * (q - W/s inside, q outside)
     dtheta = s * ds                        (straight through the rounding of s as well)
 
-Both directions are opaque operators. A compiler may drop a pair of casts (float32 to bfloat16 and back), replace a
+For a compiler both directions are opaque operators. It may drop a pair of casts (float32 to bfloat16 and back), replace a
 division by a faster one, or keep a value in a wider dtype: harmless elsewhere, but here it would make codes in training that
-are not the codes of deployment. Only the weight and log_scale are kept for the backward pass; masks and codes follow from
-them once more. On CUDA each operator is one Triton kernel (:mod:`gracekit.quant._triton_lsq`) where Triton is installed.
+are not the codes of deployment. Without one they are called as they are, which spares the host the registry. Only the weight
+and its scales are kept for the backward pass; masks and codes follow from them once more. On CUDA each operator is one Triton
+kernel (:mod:`gracekit.quant._triton_lsq`) where Triton is installed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.qat import FakeQuantizerBase
 
+from gracekit._autograd import differentiable_once
 from gracekit._checks import check_choice, check_floating, check_int, check_rank, check_same_device
 from gracekit._kernels import has_triton
 from gracekit.quant import _torch_lsq
@@ -84,7 +86,8 @@ def lsq_fake_quantize(
             f"log_scale must have shape (out, in // group_size) = {(outputs, inputs // group_size)}, got {tuple(log_scale.shape)}"
         )
     check_same_device(weight=weight, log_scale=log_scale)
-    fake_quantized: Tensor = torch.ops.gracekit.lsq_forward(weight, log_scale, bits, scale_dtype)
+    quantize: Any = torch.ops.gracekit.lsq_forward if _is_traced(weight) else _FakeQuantize.apply
+    fake_quantized: Tensor = quantize(weight, log_scale, bits, scale_dtype)
     return fake_quantized
 
 
@@ -111,6 +114,16 @@ class LSQFakeQuantizer(FakeQuantizerBase):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"LSQFakeQuantizer({self.config})"
+
+
+def _is_traced(weight: Tensor) -> bool:
+    """Whether what is called must be an operator: for a compiler, a transform of torch.func, or tensors without data."""
+    return (
+        torch.compiler.is_compiling()
+        or weight.is_meta
+        or type(weight) not in (Tensor, nn.Parameter)
+        or bool(torch._C._are_functorch_transforms_active())
+    )
 
 
 def _backend(weight: Tensor) -> ModuleType:
@@ -182,10 +195,36 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "lsq_fake_quantize can be differentiated once: a straight-through estimator has no second derivative"
-    )
+    raise RuntimeError("lsq_fake_quantize has a closed-form gradient and cannot be differentiated twice")
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The two operators without a registry, and with the rounded scales kept: two bytes a group."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, log_scale: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor:
+        scale = deployed_scale(log_scale, scale_dtype)
+        ctx.save_for_backward(weight, scale)
+        ctx.bits, ctx.dtype = bits, log_scale.dtype
+        values: Tensor = _backend(weight).forward(weight, scale, bits)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        weight, scale = ctx.saved_tensors
+        needs_weight, needs_scale = ctx.needs_input_grad[:2]
+        with torch.no_grad():
+            grad_weight, grad_scale = _backend(weight).backward(
+                grad, weight, scale, ctx.bits, needs_weight=needs_weight, needs_scale=needs_scale
+            )
+        source = weight if needs_weight else grad
+        return (
+            differentiable_once("lsq_fake_quantize", grad_weight, source) if needs_weight else None,
+            differentiable_once("lsq_fake_quantize", grad_scale.to(ctx.dtype), source) if needs_scale else None,
+            None,
+            None,
+        )

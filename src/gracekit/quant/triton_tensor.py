@@ -32,26 +32,39 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
     Args:
         packed: words (T, C, 64, 16) int32.
-        scale: (C * 128 / G, T * 64), in the activations' dtype.
+        scale: (C * 128 / G, T * 64) float32, values of the activations' dtype: the kernel copies four bytes at a time.
         counters: (T, 16) int32, zeros: the kernel's, one use at a time.
         block_size: [1, G].
         shape: (N, K).
+        dtype: of the activations.
     """
 
     tensor_data_names = ["packed", "scale", "counters"]  # noqa: RUF012  torchao's base class reads lists
-    tensor_attribute_names = ["block_size", "shape"]  # noqa: RUF012
+    tensor_attribute_names = ["block_size", "shape", "dtype"]  # noqa: RUF012
 
     def __new__(
-        cls, packed: Tensor, scale: Tensor, counters: Tensor, block_size: list[int], shape: torch.Size
+        cls,
+        packed: Tensor,
+        scale: Tensor,
+        counters: Tensor,
+        block_size: list[int],
+        shape: torch.Size,
+        dtype: torch.dtype,
     ) -> Int4TritonTensor:
         """Make the tensor that stands for the weight; it holds no data of its own."""
         made: Int4TritonTensor = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=scale.dtype, device=packed.device, requires_grad=False
+            cls, shape, dtype=dtype, device=packed.device, requires_grad=False
         )
         return made
 
     def __init__(
-        self, packed: Tensor, scale: Tensor, counters: Tensor, block_size: list[int], shape: torch.Size
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        counters: Tensor,
+        block_size: list[int],
+        shape: torch.Size,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.packed, self.scale, self.counters, self.block_size = packed, scale, counters, block_size
@@ -63,21 +76,21 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
     def from_weight(cls, weight: QuantizedWeight) -> Int4TritonTensor:
         """Pack codes and scales."""
         packed = layout.pack_codes(weight.codes)
-        scale = layout.pack_scales(weight.scale.to(weight.dtype), weight.group_size, weight.codes.shape[1])
+        scale = layout.pack_scales(weight.scale.to(weight.dtype).float(), weight.group_size, weight.codes.shape[1])
         counters = torch.zeros(len(packed), _COUNTERS_A_TILE, dtype=torch.int32, device=packed.device)
-        return cls(packed, scale, counters, [1, weight.group_size], weight.codes.shape)
+        return cls(packed, scale, counters, [1, weight.group_size], weight.codes.shape, weight.dtype)
 
     def codes(self) -> Tensor:
         """Return the codes (N, K) int8."""
         return layout.unpack_codes(self.packed, *self.shape)
 
     def scales(self) -> Tensor:
-        """Return the scales (N, S)."""
-        return layout.unpack_scales(self.scale, self.shape[0], self.shape[1] // self.block_size[1])
+        """Return the scales (N, S) in the tensor's dtype."""
+        return layout.unpack_scales(self.scale, self.shape[0], self.shape[1] // self.block_size[1]).to(self.dtype)
 
     def dequantize(self) -> Tensor:
         """Return W_q (N, K), bit for bit that of training's forward in this dtype."""
-        values: Tensor = torch.ops.gracekit.int4_values(self.packed, self.scale, list(self.shape))
+        values: Tensor = torch.ops.gracekit.int4_values(self.packed, self.scale, list(self.shape), self.dtype)
         return values
 
 
@@ -108,7 +121,7 @@ def _int4_linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, out
         schedule = _int4_choices.choose(x, packed, scale, counters, outputs)
         if schedule is not None:
             return _triton_int4.linear(x, packed, scale, counters, outputs, schedule)
-    return F.linear(x, _dense(packed, scale, (outputs, x.shape[1])))
+    return F.linear(x, _dense(packed, scale, (outputs, x.shape[1]), x.dtype))
 
 
 @_int4_linear.register_fake
@@ -117,24 +130,24 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) 
 
 
 @torch.library.custom_op("gracekit::int4_values", mutates_args=())
-def _int4_values(packed: Tensor, scale: Tensor, shape: list[int]) -> Tensor:
-    return _dense(packed, scale, (shape[0], shape[1]))
+def _int4_values(packed: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return _dense(packed, scale, (shape[0], shape[1]), dtype)
 
 
 @_int4_values.register_fake
-def _(packed: Tensor, scale: Tensor, shape: list[int]) -> Tensor:
-    return scale.new_empty(shape)
+def _(packed: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return scale.new_empty(shape, dtype=dtype)
 
 
-def _dense(packed: Tensor, scale: Tensor, shape: tuple[int, int]) -> Tensor:
+def _dense(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """W_q (N, K), in memory that the allocator hands from layer to layer."""
     if _runs_triton(packed):
         from gracekit.quant import _triton_int4
 
-        return _triton_int4.values(packed, scale, shape)
-    codes = layout.unpack_codes(packed, *shape).to(computing_dtype(scale.dtype))
+        return _triton_int4.values(packed, scale, shape, dtype)
+    codes = layout.unpack_codes(packed, *shape).to(computing_dtype(dtype))
     group_size = packed.shape[1] * layout.CHUNK // scale.shape[0]
-    return times_scale(codes, layout.unpack_scales(scale, shape[0], shape[1] // group_size), scale.dtype)
+    return times_scale(codes, layout.unpack_scales(scale, shape[0], shape[1] // group_size), dtype)
 
 
 def _runs_triton(packed: Tensor) -> bool:
