@@ -61,13 +61,6 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_transforms_of_functions_take_the_operator():
-    weight, log_scale = pair()
-    expected = torch.autograd.grad(lsq_fake_quantize(weight, log_scale, group_size=8).square().sum(), weight)[0]
-    found = torch.func.grad(lambda w: lsq_fake_quantize(w, log_scale, group_size=8).square().sum())(weight)
-    assert torch.equal(found, expected)
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_layer_computes_the_same_bits(backend, dtype):

@@ -117,13 +117,8 @@ class LSQFakeQuantizer(FakeQuantizerBase):  # type: ignore[misc]
 
 
 def _is_traced(weight: Tensor) -> bool:
-    """Whether what is called must be an operator: for a compiler, a transform of torch.func, or tensors without data."""
-    return (
-        torch.compiler.is_compiling()
-        or weight.is_meta
-        or type(weight) not in (Tensor, nn.Parameter)
-        or bool(torch._C._are_functorch_transforms_active())
-    )
+    """Whether what is called must be an operator: for a compiler, or for tensors without data."""
+    return torch.compiler.is_compiling() or weight.is_meta or type(weight) not in (Tensor, nn.Parameter)
 
 
 def _backend(weight: Tensor) -> ModuleType:
