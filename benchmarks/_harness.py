@@ -142,11 +142,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def write(name: str, device: str, payload: dict[str, Any], folder: Path) -> Path:
-    """Write NAME-DEVICE-DATE.json with the environment in front, beside its place and then renamed."""
-    record = {"benchmark": name, "environment": environment(device), **payload}
+def result_path(name: str, device: str, folder: Path) -> Path:
+    """NAME-DEVICE-DATE.json."""
     label = "cpu" if device == "cpu" else torch.cuda.get_device_name(0).replace(" ", "-").lower()
-    path = folder / f"{name}-{label}-{record['environment']['date']}.json"
+    return folder / f"{name}-{label}-{datetime.date.today().isoformat()}.json"
+
+
+def write(name: str, device: str, payload: dict[str, Any], folder: Path) -> Path:
+    """Write a result with the environment in front, beside its place and then renamed."""
+    record = {"benchmark": name, "environment": environment(device), **payload}
+    path = result_path(name, device, folder)
     folder.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".json.part")
     beside.write_text(json.dumps(record, indent=1) + "\n")

@@ -10,6 +10,7 @@ python benchmarks/bench_generate.py --device cpu    # a LLaVA of eight layers, a
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -83,7 +84,7 @@ def runner(variant: Variant, model: Any, batch: dict, new: int) -> tuple[Callabl
 
 def measured(variant: Variant, model: Any, batch: dict, new: int, device: str, runs: int) -> dict[str, Any]:
     run, generator = runner(variant, model, batch, new)
-    for _ in range(2):  # compiles, captures and measures what is not known yet
+    for _ in range(1 if generator else 2):  # compiles, captures and measures what is not known yet
         run(new)
     whole, first = seconds(lambda: run(new), device, runs), seconds(lambda: run(1), device, runs)
     count = len(batch["input_ids"])
@@ -110,11 +111,11 @@ def seconds(run: Callable[[], object], device: str, runs: int) -> float:
     return statistics.median(times)
 
 
-def bench(variant: Variant, device: str, runs: int) -> list[dict]:
+def bench(variant: Variant, device: str, runs: int, chosen: list[int] | None) -> list[dict]:
     make, side, text, new, batches = SETUPS[device]
     model = prepared(variant, make, device)
     rows = []
-    for count in batches:
+    for count in chosen or batches:
         batch = llava_batch(model, count, text, side)
         row: dict[str, Any] = {
             "variant": variant.name,
@@ -146,14 +147,21 @@ def resident(model: Any) -> float:
 def main() -> None:
     parser = _harness.parser(__doc__)
     parser.add_argument("--variants", nargs="*", help="names of variants (default: all)")
+    parser.add_argument("--batches", type=int, nargs="*", help="numbers of prompts (default: all)")
+    parser.add_argument("--add", action="store_true", help="keep today's other rows, to run variants one by one")
     parser.set_defaults(runs=3)
     given = parser.parse_args()
     about: dict[str, Any] = {"rows": []}
+    held = _harness.result_path("generate", given.device, given.output)
+    if given.add and held.is_file():
+        about["rows"] = json.loads(held.read_text())["rows"]
     for variant in VARIANTS[given.device]:
         if given.variants and variant.name not in given.variants:
             continue
         with torch.inference_mode():
-            about["rows"] += bench(variant, given.device, given.runs)
+            made = bench(variant, given.device, given.runs, given.batches)
+        anew = {(row["variant"], row["batch"]) for row in made}
+        about["rows"] = [row for row in about["rows"] if (row["variant"], row["batch"]) not in anew] + made
         torch._dynamo.reset()
         gc.collect()
         if given.device == "cuda":

@@ -3,7 +3,7 @@
 For each shape, group size, dtype and power of two that the rows round up to, the first product times every schedule of the
 kernel and the dense way, with the weight coming from memory: copies that together exceed the cache take turns inside a CUDA graph,
 as the layers of a model do. What is fastest is used from then on, in later processes too. The file is
-``$GRACEKIT_CACHE/int4-GPU-VERSIONS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
+``$GRACEKIT_CACHE/w4a16-GPU-VERSIONS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
 measure anew. Nothing is measured while a graph is captured: a product not known by then is computed the dense way.
 """
 
@@ -34,21 +34,25 @@ from gracekit.quant._int4_layout import TILE
 from gracekit.quant._triton_int4 import Schedule
 
 _LARGEST = 1 << 13  # rows beyond are as many as these
-_SPLITS = (1, 2, 4, 8, 16)
-_SPLIT_ROWS = 256  # rows of x beyond which tiles are many and nothing is split
-_WAVES = (2.0, 8.0)  # programs per multiprocessor that are worth a try
-_STAGES = 3
-# For so many rows of x in a program: output rows and warps, and whether the weights take their scale first.
-_SHAPES = (
-    ((8,), ((32, 1), (64, 4)), False),
-    ((16,), ((64, 4), (128, 4)), False),
-    ((32,), ((64, 4), (128, 8)), False),
-    ((64,), ((64, 4), (128, 8)), False),
-    ((128,), ((64, 4), (128, 8)), True),
-    ((256,), ((128, 8),), True),
-)
 _COPIES = 64
 _REPLAYS = 10
+_STAGES = 3
+_FILLING = 2  # programs per multiprocessor
+# By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
+_NARROW = {
+    8: ((16, 4, 4), (32, 4, 4), (32, 8, 8), (64, 4, 4), (64, 4, 8)),
+    16: ((16, 4, 4), (32, 4, 4), (64, 4, 4), (64, 4, 8)),
+    32: ((32, 4, 4), (64, 4, 8)),
+}
+# Likewise: (output rows, warps) of wide_kernel, and whether it multiplies rounded weights.
+_WIDE = {
+    8: (((64, 4),), False),
+    16: (((64, 4), (128, 4)), False),
+    32: (((64, 4), (128, 8)), False),
+    64: (((64, 4), (128, 8)), True),
+    128: (((64, 4), (128, 4), (128, 8)), True),
+    256: (((64, 4), (128, 8)), True),
+}
 
 _log = logging.getLogger(__name__)
 
@@ -105,22 +109,23 @@ def cache_folder() -> Path:
 @functools.cache
 def _table(device: int) -> Table:
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-").lower()
-    return Table(cache_folder() / f"int4-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
+    return Table(cache_folder() / f"w4a16-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
 
 
 def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Schedule]:
     """Return what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors."""
     tokens = max(8, min(triton.next_power_of_2(rows), 256))
-    found = []
-    for widths, tiles, scaled in _SHAPES:
-        if tokens not in widths:
-            continue
-        for tile, warps in tiles:
-            blocks = triton.cdiv(rows, tokens) * triton.cdiv(outputs, tile)
-            splits = [s for s in _SPLITS if s == 1 or (rows <= _SPLIT_ROWS and 2 * s <= chunks)]
-            filling = [s for s in splits if _WAVES[0] <= blocks * s / processors <= _WAVES[1]]
-            for split in filling or [splits[-1] if blocks < processors else 1]:
-                found.append(Schedule(tile, tokens, split, warps, _STAGES, scaled))
+    found = [
+        Schedule(tile, tokens, parts, 1, warps, _STAGES, scaled=False)
+        for tile, parts, warps in _NARROW.get(tokens, ())
+        if parts <= max(4, chunks)
+    ]
+    shapes, scaled = _WIDE[tokens]
+    for tile, warps in shapes:
+        one = Schedule(tile, tokens, 0, 1, warps, _STAGES, scaled)
+        wanted = _FILLING * processors // one.programs(outputs, rows)
+        split = max(1, min(1 << max(0, wanted.bit_length() - 1), chunks // 2))
+        found += [one._replace(split=split), *([one._replace(split=2 * split)] if 1 < 2 * split <= chunks // 2 else [])]
     return found
 
 
@@ -135,7 +140,7 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
     tried = [
         schedule
         for schedule in schedules(rows, outputs, packed.shape[1], properties.multi_processor_count)
-        if kernel.counters_needed(len(packed) * TILE, rows, schedule) <= counters.numel()
+        if schedule.counters(len(packed) * TILE, rows) <= counters.numel()
     ]
     kernel.compile_ahead(inputs, packed, scale, counters, outputs, tried)
     with torch.cuda.device(x.device):
@@ -161,7 +166,11 @@ def _product(x: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedule:
 
 
 def _microseconds(run: Callable[[Tensor], Tensor], weights: list[Tensor]) -> float:
-    """Return the median time of one product, the weights taking turns in a CUDA graph."""
+    return statistics.median(graph_times(run, weights))
+
+
+def graph_times(run: Callable[[Tensor], Tensor], weights: list[Tensor]) -> list[float]:
+    """Return the microseconds of one product at each replay of a CUDA graph in which the weights take turns."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         run(weights[0])  # loads the kernel, which a capture does not allow
@@ -178,5 +187,4 @@ def _microseconds(run: Callable[[Tensor], Tensor], weights: list[Tensor]) -> flo
             graph.replay()
         marks[-1].record()
         stream.synchronize()
-    times = [float(start.elapsed_time(end)) for start, end in itertools.pairwise(marks)]
-    return 1e3 * statistics.median(times) / len(weights)
+    return [1e3 * float(start.elapsed_time(end)) / len(weights) for start, end in itertools.pairwise(marks)]

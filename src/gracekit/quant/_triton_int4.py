@@ -1,15 +1,19 @@
 """y = x W^T for half activations x and packed 4-bit weights W = codes * scales, as Triton kernels.
 
-``linear_kernel`` computes y^T = W x^T: the weight is the left operand of the tensor cores' product, so that its values go from
-the packed words through a few bit operations straight into registers. Per word, ``0x4300 | u`` is the bfloat16 number 128 + u
+Both kernels compute y^T = W x^T: the weight is the left operand of the tensor cores' product, so that its values go from the
+packed words through a few bit operations straight into registers. Per word, ``0x4300 | u`` is the bfloat16 number 128 + u
 (``0x6400 | u`` the float16 number 1024 + u); one ``lop3`` makes two of them and one packed subtraction two codes, exactly.
-Products of codes are summed per group in float32 and then take the group's scale in float32.
 
-Few output rows fill few processors, so the inputs can be dealt out among SPLIT programs. Their partial sums lie in a workspace;
-the last program of a tile to arrive, which a counter tells, adds them in a fixed order: the result is the same at every run. It
-also sets the counter back to zero.
+``narrow_kernel`` is for few rows of x, where all that counts is how soon the weight has been read. The parts of a program, a
+warp or a few each, take different chunks of the inputs of the same outputs, and are added at its end. Products of codes are
+summed per group in float32 and then take the group's scale in float32.
 
-``values_kernel`` writes W as training's forward has it: q * s in float32, rounded once.
+``wide_kernel`` is for more. Where its programs are too few to fill the device, the inputs are dealt out among SPLIT of them.
+Their partial sums lie in a workspace; the last program of a tile to arrive, which a counter tells, adds them in a fixed order: the
+result is the same at every run. It also sets the counter back to zero. For very many rows the weights that it multiplies are
+q * s rounded once, as training's forward has them, which leaves the tensor cores one sum to keep.
+
+``values_kernel`` writes those, for a dense product.
 """
 
 # M rows of x, N out_features, K in_features, G group size, C chunks of 128 inputs, T tiles of 64 output rows (see _int4_layout)
@@ -40,23 +44,33 @@ _BAND = 8
 
 
 class Schedule(NamedTuple):
-    """How ``linear_kernel`` is launched.
+    """How a product is launched.
 
     Attributes:
         rows: output rows of a program, a power of two from 16 on.
         tokens: rows of x of a program, a power of two from 8 on.
-        split: programs among which a tile's inputs are dealt out.
+        parts: chunks of inputs that a program of ``narrow_kernel`` takes at once; 0 for ``wide_kernel``.
+        split: programs of ``wide_kernel`` among which a tile's inputs are dealt out.
         warps: of a program.
-        stages: chunks in flight.
-        scaled: whether weights are multiplied, rounded as training rounds them; else codes, and each group's sum by its scale.
+        stages: steps in flight.
+        scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
     """
 
     rows: int
     tokens: int
+    parts: int
     split: int
     warps: int
     stages: int
     scaled: bool
+
+    def programs(self, padded: int, count: int) -> int:
+        """Return how many tiles of y (count, padded) there are."""
+        return -(-padded // self.rows) * -(-count // self.tokens)
+
+    def counters(self, padded: int, count: int) -> int:
+        """Return how many counters a product of ``count`` rows takes."""
+        return self.programs(padded, count) if self.split > 1 else 0
 
 
 def _assembly(number: str, take_away: str) -> str:
@@ -145,16 +159,56 @@ def _weights(codes, scales, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
-def linear_kernel(
+def narrow_kernel(
+    x, packed, scale, y, M, N, K, stride, chunks, padded,
+    STEPS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of TOKENS rows of x; ``padded`` output rows are packed.
+
+    MASKED: the last step may lie beyond the inputs, or the last program beyond the rows packed.
+    EARLY: launched while the kernel before it ends; waits for what that has written.
+    """
+    lane = tl.arange(0, PARTS * ROWS)  # an output row of a part
+    row = tl.program_id(0) * ROWS + lane % ROWS
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    part = tl.arange(0, PARTS)[:, None, None]
+    k = tl.arange(0, G)[None, :, None]
+    at = ((row // _TILE).to(tl.int64) * (chunks * _TILE) + lane // ROWS * _TILE + row % _TILE)[:, None] * _WORDS
+    inputs = x + token.to(tl.int64)[None, None, :] * stride + (part * _CHUNK + k)
+    scales = scale + lane // ROWS * (_CHUNK // G) * padded + row
+    is_token = (token < M)[None, None, :]
+    total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
+    if EARLY:
+        gdc_wait()
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        first = step * PARTS
+        is_packed = (row < padded) & (first + lane // ROWS < chunks)
+        words = packed + first * (_TILE * _WORDS) + at
+        codes = _codes(words, is_packed[:, None], x.dtype.element_ty, MASKED, ASSEMBLY)
+        for group in tl.static_range(_CHUNK // G):
+            s_at = scales + (first * (_CHUNK // G) + group) * padded
+            s = tl.load(s_at, mask=is_packed, other=0.0) if MASKED else tl.load(s_at)
+            here = is_token & (part * _CHUNK + k < K - first * _CHUNK - group * G) if MASKED else is_token
+            v = tl.load(inputs + (first * _CHUNK + group * G), mask=here, other=0.0)
+            q = tl.reshape(_side_by_side(codes, group * (G // _WORDS), G // _WORDS, PARTS * ROWS), (PARTS, ROWS, G))
+            total += tl.dot(q, v.to(q.dtype)) * tl.reshape(s, (PARTS, ROWS))[:, :, None]
+
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    out = y + token.to(tl.int64)[None, :] * N + out_row[:, None]
+    written = (token < M)[None, :] & (out_row < N)[:, None]
+    tl.store(out, tl.sum(total, 0).to(y.dtype.element_ty), mask=written)
+
+
+@triton.jit(do_not_specialize=["M", "chunks"])
+def wide_kernel(
     x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded,
     STEPS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of TOKENS rows of x, over one of SPLIT shares of the inputs; ``padded`` output rows are packed.
+    """ROWS outputs of TOKENS rows of x, over one of SPLIT shares of the inputs; the rest as in ``narrow_kernel``.
 
     SCALED: what is multiplied is q * s in x's dtype; else q, and the sum over a group times s.
-    MASKED: the last step of a share may lie beyond the inputs, or the last program beyond the rows packed.
-    EARLY: launched while the kernel before it ends; waits for what that has written.
     BAND: blocks of rows of x that go through all tiles together, so that the cache holds them.
     """
     share = tl.program_id(1)
@@ -233,16 +287,15 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: 
         x: bfloat16 or float16.
         packed: words (T, C, 64, 16).
         scale: (C * 128 / G, T * 64) float32.
-        counters: zeros int32, at least :func:`counters_needed`; zeros again afterwards. Two calls at once must not share them.
+        counters: zeros int32, as many as the schedule takes; zeros again afterwards. Two calls at once must not share them.
         outputs: N.
         schedule: how to launch.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = x.new_empty(len(x), outputs)
-    partial = x.new_empty(_workspace(len(packed) * TILE, len(x), schedule), dtype=torch.float32)
-    grid, options = _launch(x, packed, scale, schedule)
+    kernel, grid, arguments, options = _launch(x, packed, scale, y, counters, schedule)
     with torch.cuda.device(x.get_device()):
-        linear_kernel[grid](*_arguments(x, packed, scale, y, partial, counters), **options)
+        kernel[grid](*arguments, **options)
     return y
 
 
@@ -250,65 +303,53 @@ def compile_ahead(
     x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedules: Iterable[Schedule]
 ) -> None:
     """Compile what :func:`linear` launches for the schedules, several at a time; one that cannot be compiled is passed over."""
-    y, partial = x.new_empty(len(x), outputs), x.new_empty(0, dtype=torch.float32)
+    y = x.new_empty(len(x), outputs)
     with (
         torch.cuda.device(x.get_device()),
         ThreadPoolExecutor(os.cpu_count()) as threads,
         AsyncCompileMode(threads, ignore_errors=True),
     ):
         for schedule in schedules:
-            grid, options = _launch(x, packed, scale, schedule)
-            linear_kernel.warmup(*_arguments(x, packed, scale, y, partial, counters), grid=grid, **options)
+            kernel, grid, arguments, options = _launch(x, packed, scale, y, counters, schedule)
+            kernel.warmup(*arguments, grid=grid, **options)
 
 
-def _arguments(x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, partial: Tensor, counters: Tensor) -> list[Any]:
+def _launch(
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
+) -> tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]:
+    """Return the kernel, the grid, the arguments, and what is compiled in."""
     tiles, chunks = packed.shape[:2]
-    return [x, packed, scale, y, partial, counters, len(x), y.shape[1], x.shape[1], x.stride(0), chunks, tiles * TILE]
-
-
-def _launch(x: Tensor, packed: Tensor, scale: Tensor, schedule: Schedule) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Return the grid and everything that is compiled in."""
-    tiles, chunks = packed.shape[:2]
+    rows, tokens, parts, split, warps, stages, scaled = schedule
+    padded, shares = tiles * TILE, parts or split
     early = _launches_early(x.device)
+    sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded]
     options = {
-        "STEPS": triton.cdiv(chunks, schedule.split),
+        "STEPS": triton.cdiv(chunks, shares),
         "G": chunks * CHUNK // scale.shape[0],
-        "SPLIT": schedule.split,
-        "ROWS": schedule.rows,
-        "TOKENS": schedule.tokens,
-        "STAGES": schedule.stages,
-        "SCALED": schedule.scaled,
-        "MASKED": bool(x.shape[1] % CHUNK or chunks % schedule.split or tiles * TILE % schedule.rows),
+        "ROWS": rows,
+        "TOKENS": tokens,
+        "STAGES": stages,
+        "MASKED": bool(x.shape[1] % CHUNK or chunks % shares or padded % rows),
         "ASSEMBLY": x.is_cuda,
         "EARLY": early,
-        "BAND": _BAND,
-        "num_warps": schedule.warps,
+        "num_warps": warps,
     }
     if early:
         options["launch_pdl"] = True
-    return (_places(tiles * TILE, len(x), schedule), schedule.split), options
-
-
-def _places(padded: int, rows: int, schedule: Schedule) -> int:
-    return int(triton.cdiv(padded, schedule.rows) * triton.cdiv(rows, schedule.tokens))
-
-
-def _workspace(padded: int, rows: int, schedule: Schedule) -> int:
-    """Return how many partial sums a product leaves."""
-    return (
-        _places(padded, rows, schedule) * schedule.split * schedule.rows * schedule.tokens if schedule.split > 1 else 0
-    )
+    if parts:
+        grid = (triton.cdiv(padded, rows), triton.cdiv(len(x), tokens))
+        return narrow_kernel, grid, [x, packed, scale, y, *sizes], options | {"PARTS": parts}
+    programs = schedule.programs(padded, len(x))
+    slabs = programs * split * rows * tokens if split > 1 else 0
+    partial = x.new_empty(slabs, dtype=torch.float32)
+    options |= {"SPLIT": split, "SCALED": scaled, "BAND": _BAND}
+    return wide_kernel, (programs, split), [x, packed, scale, y, partial, counters, *sizes], options
 
 
 @functools.cache
 def _launches_early(device: torch.device) -> bool:
     """Whether the device can begin a launch before the one in front has ended (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def counters_needed(padded: int, rows: int, schedule: Schedule) -> int:
-    """Return how many counters a product of ``rows`` rows takes."""
-    return _places(padded, rows, schedule) if schedule.split > 1 else 0
 
 
 def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
