@@ -93,18 +93,7 @@ def inference(device: str) -> None:
     result = newest("int4_linear", device)
     if result is not None:
         (GENERATED / f"int4_linear-{device}.txt").write_text(machine(result) + "\n")
-        columns = {
-            "out": "Out",
-            "in": "In",
-            "rows": "Rows",
-            "variant": "Variant",
-            "median_us": "Median us",
-            "min_us": "Least",
-            "max_us": "Greatest",
-            "times_faster_than_bf16": "Times faster than bf16",
-            "share_of_traffic_limit": "Share of the traffic limit",
-        }
-        write_table(f"int4_linear-{device}", result["rows"], columns)
+        write_table(f"int4_linear-{device}", *products(result))
         plot_products(result, device)
     result = newest("generate", device)
     if result is not None:
@@ -122,6 +111,7 @@ def inference(device: str) -> None:
             "failed": "Failed",
         }
         write_table(f"generate-{device}", sorted(result["rows"], key=lambda row: row["batch"]), columns)
+        (GENERATED / f"generate-summary-{device}.txt").write_text(generation(result) + "\n")
     result = newest("decode_profile", device)
     if result is not None:
         (GENERATED / f"decode_profile-{device}.txt").write_text(
@@ -132,6 +122,63 @@ def inference(device: str) -> None:
         columns = {"name": "Part", "us": "us a step", "calls": "Calls a step"}
         rows = [row | {"name": f"``{row['name']}``"} for row in result["rows"][:12]]
         write_table(f"decode_profile-{device}", rows, columns)
+
+
+def generation(result: dict) -> str:
+    """Speed and memory of our INT4 at one prompt beside transformers' bfloat16, in a sentence."""
+    of = {row["variant"]: row for row in result["rows"] if row["batch"] == 1}
+    theirs, dense = of["bf16, transformers"], of["bf16, gracekit"]
+    ours = of.get("INT4 gracekit") or of["INT4 torchao, gracekit, fused"]
+    # The peak of transformers holds the cache, ours is there already.
+    peaks = [row["weights_mib"] + row["peak_beyond_weights_mib"] + (row["cache_mib"] or 0) for row in (ours, theirs)]
+    return (
+        f"One prompt: {ours['tokens_per_second'] / theirs['tokens_per_second']:.2f} times the tokens a second of transformers in "
+        f"bfloat16, {ours['tokens_per_second'] / dense['tokens_per_second']:.2f} times those of our loop in bfloat16; after the "
+        f"first token {ours['decode_tokens_per_second'] / theirs['decode_tokens_per_second']:.2f} and "
+        f"{ours['decode_tokens_per_second'] / dense['decode_tokens_per_second']:.2f} times; the first token takes "
+        f"{ours['prefill_ms'] / dense['prefill_ms']:.2f} times as long as in bfloat16; weights, cache and the rest of the peak are "
+        f"{100 * (1 - peaks[0] / peaks[1]):.0f} % less."
+    )
+
+
+def training_steps(device: str) -> None:
+    """What a GRACE step costs beside plain distillation, and a tap beside all hidden states."""
+    result = newest("grace_step", device)
+    if result is not None:
+        (GENERATED / f"grace_step-{device}.txt").write_text(machine(result) + "\n")
+        more = {
+            "times_baseline": "Times the baseline",
+            "peak_times_baseline": "Peak, times the baseline",
+            "teacher_and_sums_ms": "Teacher, ms",
+            "student_forward_ms": "Student forward, ms",
+            "losses_and_their_gradients_ms": "Losses and their gradients, ms",
+        }
+        write_table(f"grace_step-{device}", result["rows"], TIMES | more)
+    result = newest("visual_tap", device)
+    if result is not None:
+        (GENERATED / f"visual_tap-{device}.txt").write_text(machine(result) + "\n")
+        first = {"model": "Model", "checkpointing": "Checkpointing"}
+        write_table(
+            f"visual_tap-{device}",
+            result["rows"],
+            first | TIMES | {"times_none": "Times none", "mib_over_none": "MiB over none"},
+        )
+
+
+def products(result: dict) -> tuple[list[dict], dict[str, str]]:
+    """A row for each weight and number of rows of x, a column for each way, and what the last of them comes to."""
+    rows: dict[tuple[int, int, int], dict] = {}
+    variants = dict.fromkeys(row["variant"] for row in result["rows"])
+    for row in result["rows"]:
+        cell = rows.setdefault((row["out"], row["in"], row["rows"]), {})
+        cell |= {"weight": f"{row['out']} x {row['in']}", "rows": row["rows"], row["variant"]: row["median_us"]}
+        cell |= {"times": row["times_faster_than_bf16"], "share": row["share_of_traffic_limit"]}
+    last = list(variants)[-1]
+    columns = {"weight": "Weight", "rows": "Rows"} | {name: f"{name}, us" for name in variants}
+    return list(rows.values()), columns | {
+        "times": f"{last}: times faster than bf16",
+        "share": "Share of the traffic limit",
+    }
 
 
 def plot_products(result: dict, device: str) -> None:
@@ -328,6 +375,7 @@ def build(*_: object) -> None:
     for device in ("nvidia-h200", "cpu"):
         losses(device)
         qat_linear(device)
+        training_steps(device)
         inference(device)
         ablation(device)
 

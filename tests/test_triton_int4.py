@@ -215,10 +215,10 @@ def test_rounding_to_nearest_goes_into_the_form_as_well():
 def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors):
     found = _int4_choices.schedules(rows, outputs, chunks, processors)
     assert found
-    assert len(set(found)) == len(found) <= 9
+    assert len(set(found)) == len(found) <= 16
     for schedule in found:
         assert schedule.rows in (16, 32, 64, 128)
-        assert schedule.tokens == max(8, min(1 << (rows - 1).bit_length(), 256))
+        assert schedule.tokens in _int4_choices._WIDE
         assert schedule.split == 1 or schedule.split * 2 <= chunks
 
 
@@ -236,7 +236,15 @@ def ask(rows, table):
     return _int4_choices.choose(x, packed, scales, torch.zeros(16, dtype=torch.int32), 64)
 
 
-def test_a_choice_is_measured_once_for_each_power_of_two_of_rows_and_kept_in_a_file(table, monkeypatch):
+@given(st.integers(1, 20_000))
+def test_a_size_class_holds_its_rows_and_little_more(rows):
+    found = _int4_choices.size_class(rows)
+    assert found == _int4_choices.size_class(found) <= 8192
+    assert found >= min(rows, 8192)
+    assert found < rows * (2 if rows <= 64 else 1.25)
+
+
+def test_a_choice_is_measured_once_for_each_size_class_and_kept_in_a_file(table, monkeypatch):
     asked = []
     entry = {"schedule": [64, 16, 4, 1, 4, 3, False], "microseconds": 1.0, "dense_microseconds": 2.0}
     monkeypatch.setattr(_int4_choices, "_measure", lambda rows, *rest: asked.append(rows) or entry)

@@ -1,6 +1,6 @@
 """Which way a 4-bit product is computed, by the number of rows of x: a table measured on this machine and kept in a file.
 
-For each shape, group size, dtype and power of two that the rows round up to, the first product times every schedule of the
+For each shape, group size, dtype and size class of the rows, the first product times every schedule of the
 kernel and the dense way, with the weight coming from memory: copies that together exceed the cache take turns inside a CUDA graph,
 as the layers of a model do. What is fastest is used from then on, in later processes too. The file is
 ``$GRACEKIT_CACHE/w4a16-GPU-VERSIONS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
@@ -33,6 +33,7 @@ from gracekit.quant import _triton_int4 as kernel
 from gracekit.quant._int4_layout import TILE
 from gracekit.quant._triton_int4 import Schedule
 
+_FINE = 64
 _LARGEST = 1 << 13  # rows beyond are as many as these
 _COPIES = 64
 _REPLAYS = 10
@@ -44,14 +45,14 @@ _NARROW = {
     16: ((16, 4, 4), (32, 4, 4), (64, 4, 4), (64, 4, 8)),
     32: ((32, 4, 4), (64, 4, 8)),
 }
-# Likewise: (output rows, warps) of wide_kernel, and whether it multiplies rounded weights.
+# Likewise: (output rows, warps, whether rounded weights are multiplied) of wide_kernel.
 _WIDE = {
-    8: (((64, 4),), False),
-    16: (((64, 4), (128, 4)), False),
-    32: (((64, 4), (128, 8)), False),
-    64: (((64, 4), (128, 8)), True),
-    128: (((64, 4), (128, 4), (128, 8)), True),
-    256: (((64, 4), (128, 8)), True),
+    8: ((64, 4, False),),
+    16: ((64, 4, False), (128, 4, False)),
+    32: ((64, 4, False), (128, 8, False)),
+    64: ((64, 4, True), (128, 8, True)),
+    128: ((64, 4, True), (128, 4, True), (128, 8, True)),
+    256: ((64, 4, True), (128, 8, True)),
 }
 
 _log = logging.getLogger(__name__)
@@ -60,14 +61,25 @@ _log = logging.getLogger(__name__)
 def choose(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Schedule | None:
     """Return the fastest schedule for x (M, K); None for the dense way, or where nothing is known and nothing can be timed."""
     table = _table(x.get_device())
-    bucket = min(triton.next_power_of_2(len(x)), _LARGEST)
-    key = f"{outputs}x{x.shape[1]} {scale.shape[0]} groups {x.dtype} {bucket} rows"
+    rows = size_class(len(x))
+    key = f"{outputs}x{x.shape[1]} {scale.shape[0]} groups {x.dtype} {rows} rows"
     if key not in table.entries:
         if torch.cuda.is_current_stream_capturing():
             return None
-        table.add(key, _measure(bucket, x, packed, scale, counters, outputs))
+        table.add(key, _measure(rows, x, packed, scale, counters, outputs))
     found = table.entries[key]["schedule"]
     return None if found is None else Schedule(*found)
+
+
+def size_class(rows: int) -> int:
+    """Return the number of rows that ``rows`` are measured as: a power of two up to 64, then four sizes to each power of two.
+
+    How the last blocks of rows fill the device decides between two ways by more than half of their time.
+    """
+    if rows <= _FINE:
+        return int(triton.next_power_of_2(rows))
+    step = int(triton.next_power_of_2(rows)) // 8
+    return min(-(-rows // step) * step, _LARGEST)
 
 
 class Table:
@@ -120,12 +132,15 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
         for tile, parts, warps in _NARROW.get(tokens, ())
         if parts <= max(4, chunks)
     ]
-    shapes, scaled = _WIDE[tokens]
-    for tile, warps in shapes:
-        one = Schedule(tile, tokens, 0, 1, warps, _STAGES, scaled)
+    # A hundred rows leave much of a block of 128 empty, or fill two of 64.
+    wide = [(width, *shape) for width in ((64, 128) if tokens == 128 else (tokens,)) for shape in _WIDE[width]]
+    for width, tile, warps, scaled in wide:
+        one = Schedule(tile, width, 0, 1, warps, _STAGES, scaled)
         wanted = _FILLING * processors // one.programs(outputs, rows)
-        split = max(1, min(1 << max(0, wanted.bit_length() - 1), chunks // 2))
-        found += [one._replace(split=split), *([one._replace(split=2 * split)] if 1 < 2 * split <= chunks // 2 else [])]
+        # Too few programs leave processors without work, more of them leave more to add.
+        splits = {max(1, wanted // 2), max(1, wanted), 2 * wanted} if wanted else {1}
+        powers = {min(1 << (split.bit_length() - 1), max(1, chunks // 2)) for split in splits}
+        found += [one._replace(split=split) for split in sorted(powers)]
     return found
 
 
