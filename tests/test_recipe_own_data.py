@@ -269,6 +269,11 @@ def test_what_is_wrong_is_said_before_any_training(tmp_path, capsys):
     folder = make_folder(tmp_path / "data")
     assert cli.main(arguments(tmp_path / "nowhere", tmp_path / "run")) == 2
     assert "one of train.json and train.jsonl, got 0" in capsys.readouterr().err
+    kept = (folder / "test.json").read_text()
+    (folder / "test.json").write_text('{"records": []}')
+    assert cli.main(arguments(folder, tmp_path / "run")) == 2
+    assert "data must be a JSON list of records, got an object of type dict" in capsys.readouterr().err
+    (folder / "test.json").write_text(kept)
     assert not (tmp_path / "run").exists()
     (folder / "images" / "3.png").unlink()
     assert cli.main(arguments(folder, tmp_path / "run")) == 2

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from tiny_families import FAMILIES, IMAGE
 
 from gracekit import RelationalCKA, gated_dkd, shift_labels
@@ -79,10 +80,15 @@ def test_adapters_of_peft_are_trained_through_the_tap_and_not_quantised(name):
     tokens, adapted_lengths = tapped(adapted, batch)
     assert torch.equal(tokens, expected)  # a fresh adapter adds 0
     assert adapted_lengths == lengths
-    tokens.square().mean().backward()
     trained = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
     assert all("lora_" in key for key in trained)
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    own = adapted(**batch, use_cache=False, output_hidden_states=True).hidden_states[-2][batch["input_ids"] == IMAGE]
+    of_tap, of_states = (
+        torch.autograd.grad(seen.square().mean(), list(trained.values()), allow_unused=True) for seen in (tokens, own)
+    )
+    assert sum(gradient is not None and bool(gradient.abs().sum() > 0) for gradient in of_tap) > 1
+    for got, wanted in zip(of_tap, of_states, strict=True):
+        torch.testing.assert_close(got, wanted)
     linears = language_linears_quietly(adapted)
     assert [linear.weight.shape for linear in linears.values()] == [linear.weight.shape for linear in plain.values()]
     assert all(".base_layer" in key for key in linears)
@@ -90,18 +96,38 @@ def test_adapters_of_peft_are_trained_through_the_tap_and_not_quantised(name):
 
 @every_family
 @pytest.mark.support("torch.compile")
-def test_a_model_compiled_inside_the_tap_gives_the_same_tokens(name, request):
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at every tensor's
+def test_a_model_compiled_inside_the_tap_gives_the_same_tokens_and_gradients(name, request):
     often = name in COMPILED_EVERY_TIME or os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
     if not often and request.config.getoption("--support-table") is None:
         pytest.skip("tracing takes seconds: nightly, and for the table of supported families")
     family, batch = FAMILIES[name], FAMILIES[name].batch(SAMPLES)
     model = family.build(layers=2)
     torch.compiler.reset()
-    with VisualTokenTap(model) as tap, torch.no_grad():
-        model(**batch, use_cache=False)
-        expected, lengths = tap.tokens(batch)
-        torch.compile(model, backend="eager")(**batch, use_cache=False)
-        tokens, compiled_lengths = tap.tokens(batch)
+    found = []
+    with VisualTokenTap(model) as tap:
+        for call in (model, torch.compile(model, backend="eager")):
+            logits = call(**batch, use_cache=False).logits
+            tokens, lengths = tap.tokens(batch)
+            model.zero_grad()
+            (logits.square().mean() + tokens.square().mean()).backward()
+            found.append((tokens.detach(), lengths, {key: p.grad for key, p in model.named_parameters()}))
     torch.compiler.reset()
+    (expected, lengths, gradients), (tokens, compiled_lengths, compiled_gradients) = found
     torch.testing.assert_close(tokens, expected)
     assert compiled_lengths == lengths
+    for key, wanted in gradients.items():
+        torch.testing.assert_close(compiled_gradients[key], wanted, msg=key)
+
+
+@every_family
+@pytest.mark.support("Dispatch")
+def test_gradients_under_accelerates_dispatch_are_the_same(name):
+    family, batch = FAMILIES[name], FAMILIES[name].batch(SAMPLES)
+    found = []
+    for model in (family.build(), dispatch_model(family.build(), {"": "cpu"}, force_hooks=True)):
+        tapped(model, batch)[0].square().mean().backward()
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    expected, got = found
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], wanted) for key, wanted in expected.items())

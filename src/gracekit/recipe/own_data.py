@@ -39,6 +39,7 @@ from gracekit.recipe.data import (
 from gracekit.recipe.models import teacher_folder
 from gracekit.recipe.progress import say
 from gracekit.recipe.record_format import IMAGE_MARK, RecordError, open_image
+from gracekit.recipe.record_sources import open_source
 
 SPLITS = ("train", "test")
 BAD_RECORDS = "bad_records-{}.jsonl"  # of a split
@@ -59,10 +60,10 @@ class BadSplitsError(BadRecordsError):
 
 
 def check_run(run: RunConfig) -> None:
-    """Raise ValueError unless a run's folder of data has its two files, and its teacher takes images of the run's size."""
+    """Raise ValueError unless a run's folder has two files of records, and its teacher takes images of the run's size."""
     if run.data:
         for name in SPLITS:
-            _file(Path(run.data), name)
+            open_source(_file(Path(run.data), name))
     if run.teacher:
         described = json.loads((teacher_folder(run.teacher) / "config.json").read_text(encoding="utf-8"))
         theirs = described["vision_config"]["image_size"]
