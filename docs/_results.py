@@ -141,28 +141,20 @@ def generation(result: dict) -> str:
     )
 
 
-def training_steps(device: str) -> None:
-    """What a GRACE step costs beside plain distillation, and a tap beside all hidden states."""
+def grace_step(device: str) -> None:
+    """What a GRACE step costs beside plain distillation."""
     result = newest("grace_step", device)
-    if result is not None:
-        (GENERATED / f"grace_step-{device}.txt").write_text(machine(result) + "\n")
-        more = {
-            "times_baseline": "Times the baseline",
-            "peak_times_baseline": "Peak, times the baseline",
-            "teacher_and_sums_ms": "Teacher, ms",
-            "student_forward_ms": "Student forward, ms",
-            "losses_and_their_gradients_ms": "Losses and their gradients, ms",
-        }
-        write_table(f"grace_step-{device}", result["rows"], TIMES | more)
-    result = newest("visual_tap", device)
-    if result is not None:
-        (GENERATED / f"visual_tap-{device}.txt").write_text(machine(result) + "\n")
-        first = {"model": "Model", "checkpointing": "Checkpointing"}
-        write_table(
-            f"visual_tap-{device}",
-            result["rows"],
-            first | TIMES | {"times_none": "Times none", "mib_over_none": "MiB over none"},
-        )
+    if result is None:
+        return
+    (GENERATED / f"grace_step-{device}.txt").write_text(machine(result) + "\n")
+    more = {
+        "times_baseline": "Times the baseline",
+        "peak_times_baseline": "Peak, times the baseline",
+        "teacher_and_sums_ms": "Teacher, ms",
+        "student_forward_ms": "Student forward, ms",
+        "losses_and_their_gradients_ms": "Losses and their gradients, ms",
+    }
+    write_table(f"grace_step-{device}", result["rows"], TIMES | more)
 
 
 def products(result: dict) -> tuple[list[dict], dict[str, str]]:
@@ -375,7 +367,7 @@ def build(*_: object) -> None:
     for device in ("nvidia-h200", "cpu"):
         losses(device)
         qat_linear(device)
-        training_steps(device)
+        grace_step(device)
         inference(device)
         ablation(device)
 

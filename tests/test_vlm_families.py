@@ -1,8 +1,13 @@
 """language_linears and its coverage: what of a model is quantised, and what is not."""
 
+import json
+from importlib.metadata import version
+from pathlib import Path
+
 import pytest
 import tiny_models
 import torch
+from tiny_families import FAMILIES
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,3 +113,14 @@ def test_models_without_a_decoder_or_linears_are_refused():
         ValueError, match="decoder must have nn.Linear layers, got none in LlavaForConditionalGeneration"
     ):
         language_linears(model)
+
+
+def test_the_support_table_is_of_these_families_and_of_this_transformers():
+    """Else it is to be made anew: pytest tests/test_vlm_conformance*.py tests/test_vlm_distributed.py --support-table FILE."""
+    table = json.loads((Path(__file__).parents[1] / "docs/guide/vlm_support.json").read_text())
+    assert table["versions"]["transformers"] == version("transformers")
+    assert table["families"].keys() == FAMILIES.keys()
+    for name, cells in table["families"].items():
+        missing = set(table["columns"]) - cells.keys()
+        assert missing == (set() if FAMILIES[name].video else {"Video"})
+        assert "no" not in cells.values()
