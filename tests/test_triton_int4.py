@@ -17,8 +17,8 @@ from gracekit.quant.int4 import read_weight
 from gracekit.quant.triton_tensor import Int4TritonTensor
 
 pytest.importorskip("triton")
-from gracekit.quant import _int4_choices, _triton_int4
-from gracekit.quant._triton_int4 import Schedule
+from gracekit.quant import _int4_choices, _int4_launch
+from gracekit.quant._int4_launch import Schedule
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -100,20 +100,20 @@ def test_the_kernel_multiplies_within_the_bound_whatever_the_schedule(seed, size
     codes, scale, packed, scales = drawn(seed, *size, dtype)
     x = normal(seed + 2, rows, 2 * size[1], dtype=dtype).to(DEVICE)[:, : size[1]]  # rows that are not contiguous
     counters = torch.zeros(schedule.counters(len(packed) * 64, rows), dtype=torch.int32, device=DEVICE)
-    y = _triton_int4.linear(x, packed, scales, counters, size[0], schedule)
+    y = _int4_launch.linear(x, packed, scales, counters, size[0], schedule)
     assert y.shape == (rows, size[0])
     assert y.dtype == dtype
     weight = values_of(codes, scale)
     assert_within_the_bound(y, x, weight.to(dtype) if schedule.scaled else weight)
     assert not bool(counters.any())
-    assert torch.equal(_triton_int4.linear(x, packed, scales, counters, size[0], schedule), y)
+    assert torch.equal(_int4_launch.linear(x, packed, scales, counters, size[0], schedule), y)
 
 
 def test_columns_that_are_not_contiguous_are_multiplied_too():
     codes, scale, packed, scales = drawn(0, 64, 128, 64, torch.float16)
     x = normal(1, 128, 5, dtype=torch.float16).to(DEVICE).t()
     counters = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    y = _triton_int4.linear(x, packed, scales, counters, 64, Schedule(64, 16, 4, 1, 4, 3, scaled=False))
+    y = _int4_launch.linear(x, packed, scales, counters, 64, Schedule(64, 16, 4, 1, 4, 3, scaled=False))
     assert_within_the_bound(y, x, values_of(codes, scale))
 
 
@@ -121,7 +121,7 @@ def test_columns_that_are_not_contiguous_are_multiplied_too():
 @given(seeds, sizes, written)
 def test_the_kernel_writes_the_values_that_the_products_stand_for(seed, size, dtype):
     codes, scale, packed, scales = drawn(seed, *size, dtype)
-    values = _triton_int4.values(packed, scales, size[:2], dtype)
+    values = _int4_launch.values(packed, scales, size[:2], dtype)
     assert torch.equal(values.cpu(), values_of(codes, scale).to(dtype))
 
 

@@ -29,9 +29,9 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from gracekit.quant import _triton_int4 as kernel
+from gracekit.quant import _int4_launch as kernel
+from gracekit.quant._int4_launch import Schedule
 from gracekit.quant._int4_layout import TILE
-from gracekit.quant._triton_int4 import Schedule
 
 _FINE = 64
 _LARGEST = 1 << 13  # rows beyond are as many as these

@@ -20,17 +20,8 @@ q * s rounded once, as training's forward has them, which leaves the tensor core
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton import AsyncCompileMode
 from triton.language.extra.cuda import gdc_wait
 
 from gracekit.quant._int4_layout import CHUNK, TILE, WORDS
@@ -39,38 +30,6 @@ _TILE = tl.constexpr(TILE)
 _CHUNK = tl.constexpr(CHUNK)
 _WORDS = tl.constexpr(WORDS)
 _CODES_OF_ZERO = tl.constexpr(-0x77777778)  # eight times u = 8
-_VALUES_ROWS = 32
-_BAND = 8
-
-
-class Schedule(NamedTuple):
-    """How a product is launched.
-
-    Attributes:
-        rows: output rows of a program, a power of two from 16 on.
-        tokens: rows of x of a program, a power of two from 8 on.
-        parts: chunks of inputs that a program of ``narrow_kernel`` takes at once; 0 for ``wide_kernel``.
-        split: programs of ``wide_kernel`` among which a tile's inputs are dealt out.
-        warps: of a program.
-        stages: steps in flight.
-        scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
-    """
-
-    rows: int
-    tokens: int
-    parts: int
-    split: int
-    warps: int
-    stages: int
-    scaled: bool
-
-    def programs(self, padded: int, count: int) -> int:
-        """Return how many tiles of y (count, padded) there are."""
-        return -(-padded // self.rows) * -(-count // self.tokens)
-
-    def counters(self, padded: int, count: int) -> int:
-        """Return how many counters a product of ``count`` rows takes."""
-        return self.programs(padded, count) if self.split > 1 else 0
 
 
 def _assembly(number: str, take_away: str) -> str:
@@ -278,88 +237,3 @@ def values_kernel(
         q = _side_by_side(codes, group * (G // _WORDS), G // _WORDS, ROWS)
         here = (row < N)[:, None] & (k < K - group * G)
         tl.store(to + group * G, _weights(q, s, values.dtype.element_ty), mask=here)
-
-
-def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedule: Schedule) -> Tensor:
-    """Return y (M, N) of x (M, K), any stride between its rows, in x's dtype.
-
-    Args:
-        x: bfloat16 or float16.
-        packed: words (T, C, 64, 16).
-        scale: (C * 128 / G, T * 64) float32.
-        counters: zeros int32, as many as the schedule takes; zeros again afterwards. Two calls at once must not share them.
-        outputs: N.
-        schedule: how to launch.
-    """
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    y = x.new_empty(len(x), outputs)
-    kernel, grid, arguments, options = _launch(x, packed, scale, y, counters, schedule)
-    with torch.cuda.device(x.get_device()):
-        kernel[grid](*arguments, **options)
-    return y
-
-
-def compile_ahead(
-    x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedules: Iterable[Schedule]
-) -> None:
-    """Compile what :func:`linear` launches for the schedules, several at a time; one that cannot be compiled is passed over."""
-    y = x.new_empty(len(x), outputs)
-    with (
-        torch.cuda.device(x.get_device()),
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-        AsyncCompileMode(threads, ignore_errors=True),
-    ):
-        for schedule in schedules:
-            kernel, grid, arguments, options = _launch(x, packed, scale, y, counters, schedule)
-            kernel.warmup(*arguments, grid=grid, **options)
-
-
-def _launch(
-    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
-) -> tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]:
-    """Return the kernel, the grid, the arguments, and what is compiled in."""
-    tiles, chunks = packed.shape[:2]
-    rows, tokens, parts, split, warps, stages, scaled = schedule
-    padded, shares = tiles * TILE, parts or split
-    early = _launches_early(x.device)
-    sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded]
-    options = {
-        "STEPS": triton.cdiv(chunks, shares),
-        "G": chunks * CHUNK // scale.shape[0],
-        "ROWS": rows,
-        "TOKENS": tokens,
-        "STAGES": stages,
-        "MASKED": bool(x.shape[1] % CHUNK or chunks % shares or padded % rows),
-        "ASSEMBLY": x.is_cuda,
-        "EARLY": early,
-        "num_warps": warps,
-    }
-    if early:
-        options["launch_pdl"] = True
-    if parts:
-        grid = (triton.cdiv(padded, rows), triton.cdiv(len(x), tokens))
-        return narrow_kernel, grid, [x, packed, scale, y, *sizes], options | {"PARTS": parts}
-    programs = schedule.programs(padded, len(x))
-    slabs = programs * split * rows * tokens if split > 1 else 0
-    partial = x.new_empty(slabs, dtype=torch.float32)
-    options |= {"SPLIT": split, "SCALED": scaled, "BAND": _BAND}
-    return wide_kernel, (programs, split), [x, packed, scale, y, partial, counters, *sizes], options
-
-
-@functools.cache
-def _launches_early(device: torch.device) -> bool:
-    """Whether the device can begin a launch before the one in front has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return W (N, K) of ``shape`` in ``dtype``, bfloat16 or float16."""
-    tiles, chunks = packed.shape[:2]
-    dense = scale.new_empty(shape, dtype=dtype)
-    grid = (chunks, triton.cdiv(shape[0], _VALUES_ROWS))
-    with torch.cuda.device(packed.get_device()):
-        values_kernel[grid](
-            packed, scale, dense, *shape, chunks, tiles * TILE,
-            G=chunks * CHUNK // scale.shape[0], ROWS=_VALUES_ROWS, ASSEMBLY=packed.is_cuda, num_warps=4,
-        )  # fmt: skip
-    return dense

@@ -116,11 +116,11 @@ def _linear(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _int4_linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Tensor:
     # The counters are written to, but stand at zero again afterwards: to a compiler they are not changed.
     if _runs_triton(packed) and len(x):
-        from gracekit.quant import _int4_choices, _triton_int4
+        from gracekit.quant import _int4_choices, _int4_launch
 
         schedule = _int4_choices.choose(x, packed, scale, counters, outputs)
         if schedule is not None:
-            return _triton_int4.linear(x, packed, scale, counters, outputs, schedule)
+            return _int4_launch.linear(x, packed, scale, counters, outputs, schedule)
     return F.linear(x, _dense(packed, scale, (outputs, x.shape[1]), x.dtype))
 
 
@@ -142,9 +142,9 @@ def _(packed: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype) -> Te
 def _dense(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """W_q (N, K), in memory that the allocator hands from layer to layer."""
     if _runs_triton(packed):
-        from gracekit.quant import _triton_int4
+        from gracekit.quant import _int4_launch
 
-        return _triton_int4.values(packed, scale, shape, dtype)
+        return _int4_launch.values(packed, scale, shape, dtype)
     codes = layout.unpack_codes(packed, *shape).to(computing_dtype(dtype))
     group_size = packed.shape[1] * layout.CHUNK // scale.shape[0]
     return times_scale(codes, layout.unpack_scales(scale, shape[0], shape[1] // group_size), dtype)
