@@ -23,10 +23,11 @@ from gracekit.recipe.bad_records import BadRecordsError
 from gracekit.recipe.config import GraceConfig, RecipeConfig, RunConfig, TrainConfig, option
 from gracekit.recipe.data import encode
 from gracekit.recipe.environment import environment
-from gracekit.recipe.experiment import FULL, Clock, Run, Student, open_folder, open_run, teacher_variant, train_student
+from gracekit.recipe.experiment import FULL, Student, teacher_variant, train_student
 from gracekit.recipe.gate_ground import gate_ground, token_entropy
 from gracekit.recipe.models import teacher_folder
 from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.runs import Clock, Run, open_folder, open_run
 from gracekit.recipe.stages import only_finite, write_json
 
 _KEPT = ("ce", "kl", "gdkd", "rcka", "beta", "ema", "tau", "saturated_share", "skipped", "rcka_gradient_share")

@@ -21,10 +21,11 @@ def recipe(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; 0 when its report stands."""
     from gracekit.recipe.bad_records import BadRecordsError
     from gracekit.recipe.config import parse
-    from gracekit.recipe.experiment import announce, open_folder, run_recipe
+    from gracekit.recipe.experiment import run_recipe
     from gracekit.recipe.models import teacher_folder
     from gracekit.recipe.progress import quiet, say
     from gracekit.recipe.report import print_table, read_results, write_report
+    from gracekit.recipe.runs import announce, open_folder
     from gracekit.recipe.stages import write_json
 
     quiet()

@@ -1,60 +1,31 @@
-"""The whole run: teacher outputs, students, INT4 answers, results; each part is kept, so an interrupted run goes on."""
+"""Students, their INT4 answers, and the results of a recipe; each part is kept, so an interrupted run goes on."""
 
 from __future__ import annotations
 
 import copy
 import json
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from gracekit.quant import LSQConfig, convert, prepare_qat, quantize_rtn
 from gracekit.recipe.config import GraceConfig, RecipeConfig
-from gracekit.recipe.data import PackedVqa, TeacherOutputs, VqaSplit, longest_answer
+from gracekit.recipe.data import PackedVqa, longest_answer
 from gracekit.recipe.environment import environment
 from gracekit.recipe.evaluate import accuracy, generate_answers
-from gracekit.recipe.models import (
-    STUDENT,
-    ModelSize,
-    build_model,
-    load_teacher,
-    parameter_count,
-    teacher_folder,
-    teacher_outputs,
-)
-from gracekit.recipe.own_data import BAD_RECORDS, SPLITS, check_run, describe, load_splits
-from gracekit.recipe.progress import progress_bars, say
+from gracekit.recipe.models import build_model, parameter_count, teacher_folder
+from gracekit.recipe.own_data import describe
+from gracekit.recipe.progress import progress_bars
+from gracekit.recipe.runs import Clock, Run, open_run
 from gracekit.recipe.stages import Stage, run_stage, write_json
 from gracekit.recipe.student_files import save_student
-from gracekit.recipe.teacher import own_teacher
 from gracekit.vlm import language_linears
 
 FULL, RTN, QAT = "bf16", "int4-rtn", "int4-qat"
-
-
-@dataclass
-class Run:
-    """What the parts of a run share."""
-
-    config: RecipeConfig
-    folder: Path
-    device: torch.device
-    train: VqaSplit
-    test: VqaSplit
-    tokenizer: PreTrainedTokenizerFast
-    size: ModelSize  # of every student
-    teacher_path: str
-    teacher: TeacherOutputs
-    bars: Progress
-    held_out: TeacherOutputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,85 +43,6 @@ class Student:
     losses: str
     grace: GraceConfig
     precisions: tuple[str, ...]
-
-
-def open_folder(config: RecipeConfig) -> Path | None:
-    """Return the run's folder, ready to write to; None if it holds a finished run of these settings.
-
-    Raises:
-        FileExistsError: the folder holds something else, or a run with other settings.
-        ValueError: the data or the teacher cannot be this run's.
-    """
-    check_run(config.run)
-    folder = Path(config.run.output)
-    settings = folder / "config.json"
-    if settings.is_file():
-        differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
-        if differences and not _begun(folder):
-            write_json(settings, config.as_dict())  # of a run that was refused or left before it kept anything
-        elif differences:
-            raise FileExistsError(
-                f"output must be a new folder or a run with the same settings, got {str(folder)!r} with other ones "
-                f"(there -> asked for): {'; '.join(differences)}"
-            )
-        return None if (folder / "results.json").is_file() else folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output must be a new or empty folder, got {str(folder)!r}, which holds something else")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(settings, config.as_dict())
-    return folder
-
-
-def _begun(folder: Path) -> bool:
-    """Whether a folder holds more than what is written before anything is trained."""
-    before = {"config.json", "seconds.json", *(BAD_RECORDS.format(name) for name in SPLITS)}
-    return any(path.is_file() for path in folder.rglob("*") if str(path.relative_to(folder)) not in before)
-
-
-def open_run(config: RecipeConfig, folder: Path, bars: Progress, *, held_out: bool = False) -> Run:
-    """Return what all students of a run need, with the teacher's answers to the training set.
-
-    Args:
-        config: of the run.
-        folder: where the teacher's answers are kept.
-        bars: to show progress in.
-        held_out: have the teacher read the test questions too.
-    """
-    device = config.run.torch_device()
-    train, test = load_splits(config.run, folder)
-    path = config.run.teacher
-    if config.run.data and not path:
-        path = str(own_teacher(config.run, train, test, folder / "teacher", bars))
-    teacher, tokenizer = load_teacher(path)
-    _say_unknown(describe(train, test, tokenizer))
-    teacher.to(device)
-    return Run(
-        config,
-        folder,
-        device,
-        train,
-        test,
-        tokenizer,
-        replace(STUDENT, image_size=config.run.image_size),
-        path,
-        _teacher_outputs(teacher, train, tokenizer, folder / "stages" / "teacher.safetensors", bars),
-        bars,
-        _teacher_outputs(teacher, test, tokenizer, folder / "stages" / "teacher-test.safetensors", bars)
-        if held_out
-        else None,
-    )
-
-
-def _say_unknown(found: dict[str, Any]) -> None:
-    if found["unknown_words"]:
-        say(
-            f"{found['unknown_words']:,} words of the test questions are not among the training set's: the models read them as "
-            f"<unk>, {found['unknown_words_read']:,} times"
-        )
-    if found["unknown_answers"]:
-        say(
-            f"{found['unknown_answers']:,} test answers have words that no training answer or question has: they count as wrong"
-        )
 
 
 def run_recipe(config: RecipeConfig, folder: Path) -> dict[str, Any]:
@@ -314,50 +206,3 @@ def kernel_name(model: nn.Module) -> str:
     weights = [layer.weight for layer in language_linears(model).values()]
     (kind,) = {type(weight) for weight in weights}
     return "torch" if kind is nn.Parameter else f"torchao {kind.__name__} ({weights[0].device.type})"
-
-
-def _teacher_outputs(
-    teacher: LlavaForConditionalGeneration,
-    split: VqaSplit,
-    tokenizer: PreTrainedTokenizerFast,
-    path: Path,
-    bars: Progress,
-) -> TeacherOutputs:
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        task = bars.add_task(f"teacher: read {len(split.questions):,} questions", total=len(split.shown))
-        outputs = teacher_outputs(teacher, split, tokenizer, advance=lambda count: bars.advance(task, count))
-        part = path.with_name(path.name + ".part")
-        save_file({"logits": outputs.logits, "visual_tokens": outputs.visual_tokens}, part)
-        part.replace(path)
-    saved = load_file(path)
-    return TeacherOutputs(saved["logits"], saved["visual_tokens"])
-
-
-class Clock:
-    """Adds up the seconds of named parts over all sittings of a run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
-        self.name, self.since = "", 0.0
-
-    def __call__(self, name: str) -> Clock:
-        """Name the part that the with block measures."""
-        self.name = name
-        return self
-
-    def __enter__(self) -> None:
-        self.since = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        spent = time.monotonic() - self.since
-        self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + spent, 2)
-        write_json(self.path, self.seconds)
-
-
-def announce(folder: Path) -> None:
-    """Say that a run goes on, where it does."""
-    done = sorted(path.parent.name for path in folder.glob("stages/*/log.json"))
-    if done:
-        say(f"Going on in {folder}; done already: {', '.join(done)}")
