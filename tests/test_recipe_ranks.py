@@ -7,6 +7,7 @@ import torch
 from conversation_cases import save_pair, write_llava
 from fsdp_on_cpu import offer_fsdp, set_rank
 from ranks import run_ranks
+from safetensors.torch import load_file
 from test_recipe_global_batch import assert_equal_gradients, collate, objective, pair, sample
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
@@ -147,15 +148,56 @@ def bf16_rank(rank, world, settings):
     train.train(parse(settings))
 
 
-def test_what_fsdp_saves_under_bf16_is_what_its_forwards_computed_with(tmp_path):
+def small_run(folder, **options):
+    """Arguments of a training of a tiny pair on ten records."""
     for side, size in (("student", {"vocab_size": 304}), ("teacher", {"vocab_size": 320, "width": 64})):
-        save_pair(tmp_path / side, "llava", **size)
-    write_llava(tmp_path / "data", 10)
-    options = {
-        "student": tmp_path / "student", "teacher": tmp_path / "teacher", "data": tmp_path / "data" / "train.json",
-        "output_dir": tmp_path / "run", "preset": "small", "use_cpu": "true", "group_size": 16, "max_steps": 2,
-        "per_device_train_batch_size": 2, "max_length": 400, "bf16": "true", "fsdp": "full_shard", "learning_rate": 0,
-        "weight_decay": 0, "report_to": "none", "dataloader_pin_memory": "false",
+        save_pair(folder / side, "llava", **size)
+    write_llava(folder / "data", 10)
+    settings = {
+        "student": folder / "student", "teacher": folder / "teacher", "data": folder / "data" / "train.json", "preset": "small",
+        "use_cpu": "true", "group_size": 16, "per_device_train_batch_size": 2, "max_length": 400, "fsdp": "full_shard",
+        "report_to": "none", "dataloader_pin_memory": "false", **options,
     }  # fmt: skip
-    settings = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def test_what_fsdp_saves_under_bf16_is_what_its_forwards_computed_with(tmp_path):
+    settings = small_run(
+        tmp_path, output_dir=tmp_path / "run", max_steps=2, bf16="true", learning_rate=0, weight_decay=0
+    )
     run_ranks(functools.partial(bf16_rank, settings=settings))
+
+
+class KilledError(Exception):
+    """Stands for the end of a process."""
+
+
+class KillAfterThreeSteps(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KilledError
+
+
+def resuming_rank(rank, world, settings, folder):
+    """A run as it is, and one that is killed a step after its checkpoint and begun again."""
+    offer_fsdp(rank, world)
+    train.train(parse([*settings, "--output_dir", f"{folder}/whole"]))
+    killed, make_trainer = [*settings, "--output_dir", f"{folder}/killed"], train.make_trainer
+
+    def mortal(*args):
+        trainer = make_trainer(*args)
+        trainer.add_callback(KillAfterThreeSteps())
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(train, "make_trainer", mortal)
+        train.train(parse(killed))
+    train.train(parse(killed))
+
+
+def test_a_killed_run_under_fsdp_goes_on_to_the_weights_of_one_that_was_not(tmp_path):
+    settings = small_run(tmp_path, max_steps=4, save_steps=2, learning_rate=1e-3)
+    run_ranks(functools.partial(resuming_rank, settings=settings, folder=tmp_path))
+    whole, killed = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(killed[name], weight) for name, weight in whole.items())

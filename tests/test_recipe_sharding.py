@@ -4,9 +4,10 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
-from gracekit.recipe.sharding import check_launch
+from gracekit.recipe.sharding import check_launch, complete_states
 
 
 def deepspeed(stage, **dtypes):
@@ -44,3 +45,20 @@ def test_fsdp_settings_that_scales_or_the_teacher_do_not_bear_are_refused(tmp_pa
     assert re.search(reason, problem)
     assert check_launch(SimpleNamespace(fsdp=True, fsdp_config=None), learned=True) == []
     assert check_launch(TrainingArguments(output_dir=str(tmp_path), use_cpu=True), learned=True) == []
+
+
+def test_parameters_without_a_gradient_get_a_state_and_keep_their_values():
+    used, unused, frozen = (torch.nn.Parameter(torch.randn(3)) for _ in range(3))
+    optimizer = torch.optim.AdamW([{"params": [used, unused]}, {"params": [frozen.requires_grad_(False)], "lr": 0.5}])
+    used.grad = torch.ones(3)
+    optimizer.step()
+    before = {p: (p.detach().clone(), p.grad) for p in (used, unused)}
+    state = {name: value.clone() for name, value in optimizer.state[used].items()}
+    complete_states(optimizer)
+    assert optimizer.state.keys() == {used, unused}
+    assert not bool(optimizer.state[unused]["exp_avg"].any())
+    assert all(torch.equal(optimizer.state[used][name], value) for name, value in state.items())
+    for parameter, (value, gradient) in before.items():
+        assert torch.equal(parameter, value)
+        assert parameter.grad is gradient
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.5]

@@ -96,3 +96,28 @@ def forward_dtype(plugin: Any) -> torch.dtype | None:
 
 def _true(value: object) -> bool:
     return str(value).lower() == "true"
+
+
+def complete_states(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that no gradient has reached yet the state of a step that changed nothing.
+
+    A vision tower's last layer is often unused, and what FSDP saves of an optimiser without a state for a parameter cannot be
+    loaded.
+    """
+    groups = optimizer.param_groups
+    missing = [p for group in groups for p in group["params"] if p.requires_grad and not optimizer.state.get(p)]
+    if not missing:
+        return
+    rates = [group["lr"] for group in groups]
+    held = [(p, p.grad) for group in groups for p in group["params"]]
+    for parameter, _ in held:
+        parameter.grad = None
+    for parameter in missing:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter, gradient in held:
+        parameter.grad = gradient

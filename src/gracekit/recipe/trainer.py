@@ -28,7 +28,7 @@ from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
 from gracekit.recipe.distillation import ROWS, Reader, Teacher, TeacherSignal, head_weight, supervised_rows
 from gracekit.recipe.meters import Meters
-from gracekit.recipe.sharding import check_launch, has_learned_scales, is_sharded, shard_student
+from gracekit.recipe.sharding import check_launch, complete_states, has_learned_scales, is_sharded, shard_student
 from gracekit.recipe.step_losses import Share, counts_of, global_counts, losses_of
 
 _SHARE = "grace_share"
@@ -223,6 +223,13 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         if plugin is not None and not is_sharded(self.model):
             shard_student(self.model, plugin)
         return super()._prepare_for_training(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save them such that a sharded optimiser can be loaded again."""
+        if self.is_fsdp_enabled:
+            wrapped: Any = self.optimizer  # accelerate's
+            complete_states(wrapped.optimizer)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save a checkpoint whose weights have the model's own names.
