@@ -170,6 +170,16 @@ def test_a_compiled_layer_gives_the_same(monkeypatch, tmp_path):
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
 
 
+def test_the_gradient_that_a_product_does_not_have_is_asked_for_in_vain(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRACEKIT_CACHE", str(tmp_path))
+    layer = convert(prepared(weights("normal", 1, 64, 128, torch.float16, 64), group_size=64), "triton")["layer"]
+    x = normal(2, 3, 128, dtype=torch.float16).requires_grad_()
+    with pytest.raises(RuntimeError, match="int4_linear"):
+        layer(x).sum().backward()
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+
 def test_a_converted_layer_is_copied_moved_and_described():
     layer = convert(prepared(weights("normal", 1, 64, 128, torch.bfloat16, 64), group_size=64), "triton")["layer"]
     again = copy.deepcopy(layer).to(DEVICE)

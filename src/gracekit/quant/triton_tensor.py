@@ -1,10 +1,10 @@
 """A quantised weight in the layout of our own kernel, as a torchao tensor: W4A16 products that read four bits a weight.
 
 torchao's CUDA kernel loses to bfloat16 above four rows of x; this one is for every number of rows. How a product is computed is
-looked up in a table that is measured on the machine (:mod:`gracekit.quant._int4_choices`): the kernel that unpacks in registers,
-launched in one way or another, or, for many rows, the whole weight written once as training's forward has it, and the dense
-product. Away from CUDA, where Triton is missing, and while a CUDA graph is captured before there was a measurement, it is the
-latter: exact, and slower.
+looked up in a table that is measured on the machine (:mod:`gracekit.quant._int4_choices`): one of the kernels that unpack in
+registers, launched in one way or another, or the whole weight written once as training's forward has it, and the dense product.
+Away from CUDA, where Triton is missing, and while a CUDA graph is captured before there was a measurement, it is the latter:
+exact, and slower.
 
 Both stay within the bounds that :func:`~gracekit.quant.convert` states.
 """
@@ -107,13 +107,15 @@ def _linear(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x must have in_features={weight.shape[1]} columns, got shape {tuple(x.shape)}")
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.gracekit.int4_linear(rows, weight.packed, weight.scale, weight.counters, weight.shape[0])
+    # The operator is for compilers, and says on the way back that it has no gradient; it takes the host longer than the product.
+    is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
+    multiply: Any = torch.ops.gracekit.int4_linear if is_traced else _product
+    y: Tensor = multiply(rows, weight.packed, weight.scale, weight.counters, weight.shape[0])
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
 
-@torch.library.custom_op("gracekit::int4_linear", mutates_args=())
-def _int4_linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Tensor:
+def _product(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Tensor:
     # The counters are written to, but stand at zero again afterwards: to a compiler they are not changed.
     if _runs_triton(packed) and len(x):
         from gracekit.quant import _int4_choices, _int4_launch
@@ -122,6 +124,9 @@ def _int4_linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, out
         if schedule is not None:
             return _int4_launch.linear(x, packed, scale, counters, outputs, schedule)
     return F.linear(x, _dense(packed, scale, (outputs, x.shape[1]), x.dtype))
+
+
+_int4_linear = torch.library.custom_op("gracekit::int4_linear", _product, mutates_args=())
 
 
 @_int4_linear.register_fake
