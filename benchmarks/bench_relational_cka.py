@@ -73,7 +73,7 @@ def main() -> None:
     cuda = options.device == "cuda"
     widths = (4096, 5120) if cuda else (256, 320)
     dtype = torch.bfloat16 if cuda else torch.float32
-    shapes = {"equal": [64] * 8, "large": [1024]}
+    shapes = {"equal": [64] * 8, "mixed": [36, 144, 256, 75] * 4, "large": [1024]}
     if cuda:
         shapes = {"equal": [576] * 64, "mixed": [144, 576, 1024, 300] * 16, "large": [16_384]}
     rows = []

@@ -6,10 +6,13 @@ import sys
 import pytest
 import reference
 import torch
-from strategies import normal
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal, seeds
 from tolerances import GRADIENT, VALUE
 
 from gracekit import RelationalCKA, cka
+from gracekit.losses import _image_batches
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -135,6 +138,24 @@ def test_images_of_equal_length_need_no_padding():
     torch.testing.assert_close(
         RelationalCKA()(x, y, [6, 6]), RelationalCKA()(x.reshape(2, 6, 5), y.reshape(2, 6, 6)), rtol=0, atol=0
     )
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=12), seeds)
+def test_packed_images_are_computed_in_groups_of_similar_size_and_give_what_each_gives_alone(counts, seed):
+    groups = _image_batches._similar(counts)
+    assert sorted(index for group in groups for index in group) == list(range(len(counts)))
+    for group in groups:
+        found = [counts[index] for index in group if counts[index]]
+        assert not found or min(found) >= 0.7 * max(found)
+    x, y = normal(seed, sum(counts), 5).requires_grad_(), normal(seed + 1, sum(counts), 7)
+    criterion = RelationalCKA()
+    pairs = zip(x.split(counts), y.split(counts), strict=True)
+    alone = [criterion(own, other) for own, other in pairs if len(own) >= 4]
+    expected = torch.stack(alone).mean() if alone else 0.0 * x.sum()
+    loss = criterion(x, y, counts)
+    torch.testing.assert_close(loss, expected, **VALUE[torch.float64])
+    got, wanted = (torch.autograd.grad(value, x)[0] for value in (loss, expected))
+    torch.testing.assert_close(got, wanted, **GRADIENT[torch.float64])
 
 
 def test_min_tokens_leaves_small_images_out():

@@ -1,16 +1,20 @@
-"""Images of different sizes as one padded batch: single, batched, masked or packed."""
+"""Images of different sizes as padded batches of images of similar size: single, batched, masked or packed."""
 
-# B images, n tokens of an image, N the most of any, d features
+# B images, n tokens of an image, N the most of any in a batch, d features, P places of all batches
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gracekit._checks import check_int, check_rank, check_same_device
+
+# An image shorter than this share of the longest goes into a batch of its own kind: what is padded is computed with.
+_SIMILAR = 0.7
 
 
 class ImageBatch(NamedTuple):
@@ -22,10 +26,10 @@ class ImageBatch(NamedTuple):
     counts_B: Tensor | None
 
 
-def as_batch(
+def as_batches(
     student: Tensor, teacher: Tensor, lengths: Sequence[int] | Tensor | None, mask: Tensor | None
-) -> ImageBatch:
-    """Return the batch that lengths or a mask describe, or raise."""
+) -> list[ImageBatch]:
+    """Return the images that lengths or a mask describe, in one or several batches, or raise."""
     check_rank("student_tokens", student, (2, 3), "(n, d_S) or (B, n, d_S)")
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
@@ -45,10 +49,10 @@ def as_batch(
         if student.ndim != 3 or mask.shape != student.shape[:2]:
             raise ValueError(f"mask must have shape (B, n), got {tuple(mask.shape)} and tokens {tuple(student.shape)}")
         check_same_device(student_tokens=student, mask=mask)
-        return ImageBatch(student, teacher, mask, mask.sum(1))
+        return [ImageBatch(student, teacher, mask, mask.sum(1))]
     if student.ndim == 2:
         student, teacher = student[None], teacher[None]
-    return ImageBatch(student, teacher, None, None)
+    return [ImageBatch(student, teacher, None, None)]
 
 
 def _checked_lengths(lengths: Sequence[int] | Tensor, tokens: int) -> list[int]:
@@ -63,29 +67,67 @@ def _checked_lengths(lengths: Sequence[int] | Tensor, tokens: int) -> list[int]:
     return counts
 
 
-def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> ImageBatch:
-    """Pad packed images to the longest; a plain reshape where all are as long."""
+def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBatch]:
+    """Pad packed images to the longest of their batch; a plain reshape where all are as long."""
     longest = max(counts) if counts else 0
     if counts and min(counts) == longest:
         student, teacher = (side.reshape(len(counts), longest, side.shape[-1]) for side in (student, teacher))
-        return ImageBatch(student, teacher, None, None)
-    counts_B = torch.tensor(counts, dtype=torch.long)
-    if student.device.type == "cuda":
-        counts_B = counts_B.pin_memory()  # a pageable copy would wait for the device
-    counts_B = counts_B.to(student.device, non_blocking=True)
-    mask_BN = torch.arange(longest, device=student.device) < counts_B[:, None]
-    starts_B = counts_B.cumsum(0) - counts_B
-    take_BN = torch.where(mask_BN, starts_B[:, None] + torch.arange(longest, device=student.device), 0)
+        return [ImageBatch(student, teacher, None, None)]
+    groups = [list(range(len(counts)))] if torch.compiler.is_compiling() else _similar(counts)
+    lengths = [[counts[index] for index in group] for group in groups]
+    sizes = [max(found) if found else 0 for found in lengths]
+    takes, masks = _places(counts, groups, lengths, sizes)
+    take_P = torch.cat(takes)
     if torch.compiler.is_compiling():  # traces indexing, not nested functions of autograd
-        return ImageBatch(student[take_BN], teacher[take_BN], mask_BN, counts_B)
-    ahead_B = torch.arange(len(counts), device=student.device) * longest - starts_B
-    place_n = torch.arange(sum(counts), device=student.device)
-    place_n = place_n + torch.repeat_interleave(ahead_B, counts_B, output_size=sum(counts))
-    student_BND, teacher_BND = (
-        _Pad.apply(side, take_BN, place_n)  # type: ignore[no-untyped-call]
-        for side in (student, teacher)
-    )
-    return ImageBatch(student_BND, teacher_BND, mask_BN, counts_B)
+        x_PD, y_PD = (side[take_P.to(side.device)] for side in (student, teacher))
+    else:
+        counted_P = torch.cat([mask.flatten() for mask in masks])
+        place_N = torch.empty(sum(counts), dtype=torch.long)
+        place_N[take_P[counted_P]] = counted_P.nonzero().squeeze(1)
+        take_P, place_N = _beside(student, take_P), _beside(student, place_N)
+        x_PD, y_PD = (_Pad.apply(side, take_P, place_N) for side in (student, teacher))  # type: ignore[no-untyped-call]
+    parts = [torch.split(side, [mask.numel() for mask in masks]) for side in (x_PD, y_PD)]
+    batches = []
+    for x, y, found, size, mask in zip(*parts, lengths, sizes, masks, strict=True):
+        x_BND, y_BND = (side.reshape(len(found), size, side.shape[-1]) for side in (x, y))
+        if all(length == size for length in found):
+            batches.append(ImageBatch(x_BND, y_BND, None, None))
+        else:
+            counts_B = torch.tensor(found, dtype=torch.long)
+            batches.append(ImageBatch(x_BND, y_BND, _beside(student, mask), _beside(student, counts_B)))
+    return batches
+
+
+def _places(
+    counts: list[int], groups: list[list[int]], lengths: list[list[int]], sizes: list[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return, on the host, the packed token of every place of each batch (B * N,), and which places count (B, N)."""
+    ends = list(accumulate(counts))
+    takes, masks = [], []
+    for group, found, size in zip(groups, lengths, sizes, strict=True):
+        counts_B1 = torch.tensor(found, dtype=torch.long)[:, None]
+        ends_B1 = torch.tensor([ends[index] for index in group], dtype=torch.long)[:, None]
+        masks.append(torch.arange(size) < counts_B1)
+        takes.append(torch.where(masks[-1], ends_B1 - counts_B1 + torch.arange(size), 0).flatten())
+    return takes, masks
+
+
+def _similar(counts: list[int]) -> list[list[int]]:
+    """Return the indices of images in groups of similar length, the longest first."""
+    groups: list[list[int]] = [[]]
+    for index in sorted(range(len(counts)), key=lambda index: -counts[index]):
+        longest = counts[groups[-1][0]] if groups[-1] else counts[index]
+        # Images without tokens count nowhere and need no batch.
+        if counts[index] < _SIMILAR * longest and counts[index]:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def _beside(tokens: Tensor, host: Tensor) -> Tensor:
+    if tokens.device.type == "cuda":
+        host = host.pin_memory()  # a pageable copy would wait for the device
+    return host.to(tokens.device, non_blocking=True)
 
 
 class _Pad(torch.autograd.Function):
@@ -95,23 +137,23 @@ class _Pad(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, tokens_ND: Tensor, take_BN: Tensor, place_N: Tensor) -> Tensor:
-        ctx.save_for_backward(take_BN, place_N)
-        return tokens_ND[take_BN] if len(tokens_ND) else tokens_ND.new_zeros(*take_BN.shape, tokens_ND.shape[1])
+    def forward(ctx: Any, tokens_ND: Tensor, take_P: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(take_P, place_N)
+        return tokens_ND[take_P] if len(tokens_ND) else tokens_ND.new_zeros(len(take_P), tokens_ND.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_BND: Tensor) -> tuple[Tensor | None, ...]:
-        take_BN, place_N = ctx.saved_tensors
-        return _Unpad.apply(grad_BND, take_BN, place_N), None, None  # type: ignore[no-untyped-call]
+    def backward(ctx: Any, grad_PD: Tensor) -> tuple[Tensor | None, ...]:
+        take_P, place_N = ctx.saved_tensors
+        return _Unpad.apply(grad_PD, take_P, place_N), None, None  # type: ignore[no-untyped-call]
 
 
 class _Unpad(torch.autograd.Function):
     """The reverse of :class:`_Pad`, and its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, padded_BND: Tensor, take_BN: Tensor, place_N: Tensor) -> Tensor:
-        ctx.save_for_backward(take_BN, place_N)
-        return padded_BND.flatten(0, 1)[place_N]
+    def forward(ctx: Any, padded_PD: Tensor, take_P: Tensor, place_N: Tensor) -> Tensor:
+        ctx.save_for_backward(take_P, place_N)
+        return padded_PD[place_N]
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:

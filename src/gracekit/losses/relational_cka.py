@@ -33,7 +33,7 @@ from gracekit._checks import (
     check_same_device,
 )
 from gracekit.losses._bfloat16_cka import FeatureSimilarity, GramSimilarity, is_defined
-from gracekit.losses._image_batches import ImageBatch, as_batch
+from gracekit.losses._image_batches import ImageBatch, as_batches
 from gracekit.losses._inputs import divisor
 
 ESTIMATORS = ("biased", "unbiased")
@@ -139,9 +139,16 @@ class RelationalCKA(nn.Module):
         """
         _check_pair("student_tokens", student_tokens, "teacher_tokens", teacher_tokens)
         teacher_tokens = teacher_tokens.detach()
-        batch = as_batch(student_tokens, teacher_tokens, lengths, mask)
+        on_tensor_cores = _on_tensor_cores(student_tokens, teacher_tokens)
+        batches = as_batches(student_tokens, teacher_tokens, lengths, mask)
+        sums = [self._sums(batch, on_tensor_cores) for batch in batches]
+        total, count = (torch.stack(parts).sum() for parts in zip(*sums, strict=True))
+        return total / divisor("image_count", image_count, count)
+
+    def _sums(self, batch: ImageBatch, on_tensor_cores: bool) -> tuple[Tensor, Tensor]:
+        """Return the sum of 1 - CKA over the images of a batch that count, and how many do."""
         some = len(batch.x_BND) > 0 and batch.x_BND.shape[1] >= self.min_tokens
-        if some and self.normalize and self.estimator == "biased" and _on_tensor_cores(student_tokens, teacher_tokens):
+        if some and on_tensor_cores and self.normalize and self.estimator == "biased":
             similarity_B, defined_B = _bfloat16_similarity(batch)
         else:
             similarity_B, defined_B = _similarity(*batch, self.estimator, self.normalize)
@@ -149,8 +156,7 @@ class RelationalCKA(nn.Module):
             defined_B = defined_B & (batch.counts_B >= self.min_tokens)
         elif batch.x_BND.shape[1] < self.min_tokens:
             defined_B = torch.zeros_like(defined_B)
-        total = torch.where(defined_B, 1.0 - similarity_B, 0.0).sum()
-        return total / divisor("image_count", image_count, defined_B.sum())
+        return torch.where(defined_B, 1.0 - similarity_B, 0.0).sum(), defined_B.sum()
 
     def extra_repr(self) -> str:
         """Return the constructor's arguments."""
