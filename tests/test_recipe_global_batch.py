@@ -76,6 +76,16 @@ class Catch(TrainerCallback):
             self.gradients = {name: g.clone() for name, g in grads.items() if g is not None}
 
 
+def training_arguments(folder, *, batch_size, accumulate, steps=1, **options):
+    """Of a few steps on the CPU that leave nothing behind; ``options`` are added, or take the place of these."""
+    settings = {
+        "output_dir": str(folder), "use_cpu": True, "max_steps": steps, "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate, "max_grad_norm": 0.0, "learning_rate": 1e-3, "remove_unused_columns": False,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 1,
+    }  # fmt: skip
+    return TrainingArguments(**settings | options)
+
+
 def one_step(folder, *, losses, batch_size, accumulate, from_hidden, samples=range(8)):
     torch.manual_seed(0)
     student, teacher = pair()
@@ -89,21 +99,7 @@ def one_step(folder, *, losses, batch_size, accumulate, from_hidden, samples=ran
         train_dataset=[sample(i) for i in samples],
         data_collator=collate,
         callbacks=[catch],
-        args=TrainingArguments(
-            output_dir=str(folder),
-            use_cpu=True,
-            max_steps=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulate,
-            max_grad_norm=0.0,
-            learning_rate=1e-3,
-            remove_unused_columns=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            logging_steps=1,
-        ),
+        args=training_arguments(folder, batch_size=batch_size, accumulate=accumulate),
     )
     trainer.train()
     return catch.gradients, trainer

@@ -8,9 +8,9 @@ from conversation_cases import save_pair, write_llava
 from fsdp_on_cpu import offer_fsdp, set_rank
 from ranks import run_ranks
 from safetensors.torch import load_file
-from test_recipe_global_batch import assert_equal_gradients, collate, objective, pair, sample
+from test_recipe_global_batch import assert_equal_gradients, collate, objective, pair, sample, training_arguments
 from tiny_models import tiny_llava
-from transformers import AutoModelForImageTextToText, TrainerCallback, TrainingArguments
+from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from gracekit.quant import load_qat
 from gracekit.quant.lsq import LSQFakeQuantizer
@@ -39,7 +39,6 @@ def steps(folder, *, batch_size, accumulate=1, count=1, order=tuple(range(8)), l
     torch.manual_seed(0)
     student, teacher = pair() if learned else (tiny_llava(seed=1), pair()[1])
     catch = Catch()
-    arguments = {"learning_rate": 1e-3, **options}
     trainer = GraceTrainer(
         losses="grace",
         objective=objective(),
@@ -50,21 +49,13 @@ def steps(folder, *, batch_size, accumulate=1, count=1, order=tuple(range(8)), l
         train_dataset=[sample(i) for i in order],
         data_collator=collate,
         callbacks=[catch],
-        args=TrainingArguments(
-            output_dir=str(folder),
-            use_cpu=True,
-            max_steps=count,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulate,
-            max_grad_norm=0.0,
-            remove_unused_columns=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            logging_steps=1,
+        args=training_arguments(
+            folder,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            steps=count,
             train_sampling_strategy="sequential",
-            **arguments,
+            **options,
         ),
     )
     trainer.train()

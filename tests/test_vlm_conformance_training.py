@@ -96,9 +96,7 @@ def test_adapters_of_peft_are_trained_through_the_tap_and_not_quantised(name):
 
 @every_family
 @pytest.mark.support("torch.compile")
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf"
-)  # Dynamo looks at every tensor's
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks every tensor
 def test_a_model_compiled_inside_the_tap_gives_the_same_tokens_and_gradients(name, request):
     often = name in COMPILED_EVERY_TIME or os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
     if not often and request.config.getoption("--support-table") is None:

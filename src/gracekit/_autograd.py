@@ -19,6 +19,11 @@ def differentiable_once(name: str, gradient: Tensor, source: Tensor) -> Tensor:
     return gradient
 
 
+def differentiated_twice(name: str) -> RuntimeError:
+    """Return what is raised where a second derivative of ``name`` is asked for."""
+    return RuntimeError(f"{name} has a closed-form gradient and cannot be differentiated twice")
+
+
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, source: Tensor, name: str) -> Tensor:
@@ -27,7 +32,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(f"{ctx.name} has a closed-form gradient and cannot be differentiated twice")
+        raise differentiated_twice(ctx.name)
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[None]:

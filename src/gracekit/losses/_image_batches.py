@@ -74,10 +74,13 @@ def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBa
         student, teacher = (side.reshape(len(counts), longest, side.shape[-1]) for side in (student, teacher))
         return [ImageBatch(student, teacher, None, None)]
     groups = [list(range(len(counts)))] if torch.compiler.is_compiling() else _similar(counts)
+    ends = list(accumulate(counts))
     lengths = [[counts[index] for index in group] for group in groups]
-    sizes = [max(found) if found else 0 for found in lengths]
-    takes, masks = _places(counts, groups, lengths, sizes)
-    take_P = torch.cat(takes)
+    takes, masks = zip(
+        *(_places(found, [ends[index] for index in group]) for found, group in zip(lengths, groups, strict=True)),
+        strict=True,
+    )
+    take_P = torch.cat([take.flatten() for take in takes])
     if torch.compiler.is_compiling():  # traces indexing, not nested functions of autograd
         x_PD, y_PD = (side[take_P.to(side.device)] for side in (student, teacher))
     else:
@@ -88,9 +91,9 @@ def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBa
         x_PD, y_PD = (_Pad.apply(side, take_P, place_N) for side in (student, teacher))  # type: ignore[no-untyped-call]
     parts = [torch.split(side, [mask.numel() for mask in masks]) for side in (x_PD, y_PD)]
     batches = []
-    for x, y, found, size, mask in zip(*parts, lengths, sizes, masks, strict=True):
-        x_BND, y_BND = (side.reshape(len(found), size, side.shape[-1]) for side in (x, y))
-        if all(length == size for length in found):
+    for x, y, found, mask in zip(*parts, lengths, masks, strict=True):
+        x_BND, y_BND = (side.reshape(*mask.shape, side.shape[-1]) for side in (x, y))
+        if all(length == mask.shape[1] for length in found):
             batches.append(ImageBatch(x_BND, y_BND, None, None))
         else:
             counts_B = torch.tensor(found, dtype=torch.long)
@@ -98,18 +101,12 @@ def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBa
     return batches
 
 
-def _places(
-    counts: list[int], groups: list[list[int]], lengths: list[list[int]], sizes: list[int]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return, on the host, the packed token of every place of each batch (B * N,), and which places count (B, N)."""
-    ends = list(accumulate(counts))
-    takes, masks = [], []
-    for group, found, size in zip(groups, lengths, sizes, strict=True):
-        counts_B1 = torch.tensor(found, dtype=torch.long)[:, None]
-        ends_B1 = torch.tensor([ends[index] for index in group], dtype=torch.long)[:, None]
-        masks.append(torch.arange(size) < counts_B1)
-        takes.append(torch.where(masks[-1], ends_B1 - counts_B1 + torch.arange(size), 0).flatten())
-    return takes, masks
+def _places(lengths: list[int], ends: list[int]) -> tuple[Tensor, Tensor]:
+    """Return, on the host, the packed token of every place (B, N) of a batch, and which places count, by where its images end."""
+    counts_B1, ends_B1 = (torch.tensor(numbers, dtype=torch.long)[:, None] for numbers in (lengths, ends))
+    size = max(lengths) if lengths else 0
+    mask_BN = torch.arange(size) < counts_B1
+    return torch.where(mask_BN, ends_B1 - counts_B1 + torch.arange(size), 0), mask_BN
 
 
 def _similar(counts: list[int]) -> list[list[int]]:

@@ -138,7 +138,7 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
         one = Schedule(tile, width, 0, 1, warps, _STAGES, scaled)
         wanted = _FILLING * processors // one.programs(outputs, rows)
         # Too few programs leave processors without work, more of them leave more to add.
-        splits = {max(1, wanted // 2), max(1, wanted), 2 * wanted} if wanted else {1}
+        splits = {max(1, split) for split in (wanted // 2, wanted, 2 * wanted)}
         powers = {min(1 << (split.bit_length() - 1), max(1, chunks // 2)) for split in splits}
         found += [one._replace(split=split) for split in sorted(powers)]
     return found

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.qat import FakeQuantizerBase
 
-from gracekit._autograd import differentiable_once
+from gracekit._autograd import differentiable_once, differentiated_twice
 from gracekit._checks import check_choice, check_floating, check_int, check_rank, check_same_device
 from gracekit._kernels import has_triton
 from gracekit.quant import _torch_lsq
@@ -190,7 +190,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("lsq_fake_quantize has a closed-form gradient and cannot be differentiated twice")
+    raise differentiated_twice("lsq_fake_quantize")
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -57,15 +57,7 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
         )
         return made
 
-    def __init__(
-        self,
-        packed: Tensor,
-        scale: Tensor,
-        counters: Tensor,
-        block_size: list[int],
-        shape: torch.Size,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, packed: Tensor, scale: Tensor, counters: Tensor, block_size: list[int], *_of_new: Any) -> None:
         super().__init__()
         self.packed, self.scale, self.counters, self.block_size = packed, scale, counters, block_size
 

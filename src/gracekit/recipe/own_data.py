@@ -1,9 +1,8 @@
 """A folder of one's own for the small recipe: pictures, and train.json and test.json with conversations about them.
 
 Each turn of a conversation becomes a question about its images (one, several or none), which come first, asked without the turns
-before it. The tokenizer is made of the
-words of train.json, so that words of test.json may be unknown: in a question they are read as ``<unk>``, and an answer that holds
-one counts as wrong, because no model can give it.
+before it. The tokenizer is made of the words of train.json, so that words of test.json may be unknown: in a question they are read
+as ``<unk>``, and an answer that holds one counts as wrong, because no model can give it.
 """
 
 from __future__ import annotations
