@@ -33,13 +33,13 @@ written = st.sampled_from([*halves, torch.float32] if CUDA else [torch.float16, 
 groups = st.sampled_from([(3, 1), (5, 12), (40, 128), (2, 5000)])
 
 
-def drawn(seed, kind, dtype, scale_dtype, bits, sizes):
-    """A weight with two groups a row, and its rounded scales."""
+def drawn(seed, kind, dtype, bits, sizes):
+    """A weight with two groups a row, and the logarithms of its scales."""
     count, group_size = sizes
     weight = weights(kind, seed, count, 2 * group_size, dtype, group_size)
     log_scale = search_scale(weight, bits, group_size).clamp_min(2.0**-120).log()
     log_scale += normal(seed + 1, *log_scale.shape, dtype=torch.float32, scale=0.3)
-    return weight.to(DEVICE), deployed_scale(log_scale, scale_dtype).to(DEVICE)
+    return weight.to(DEVICE), log_scale.to(DEVICE)
 
 
 def formula_gradients(grad, weight, scale, bits):
@@ -58,36 +58,47 @@ def assert_same_bits(actual, expected):
     assert bool(same.all()), (actual[~same][:5], expected[~same][:5])
 
 
-def assert_values_of_the_formula(weight, scale, bits):
+def assert_values_of_the_formula(weight, log_scale, bits, scale_dtype):
+    scale = deployed_scale(log_scale, scale_dtype)
     expected = times_scale(float_codes(weight, scale, bits), scale, weight.dtype)
-    assert_same_bits(_triton_lsq.forward(weight, scale, bits), expected)
+    assert_same_bits(_triton_lsq.forward(weight, log_scale, bits, scale_dtype), expected)
 
 
 @settings(max_examples=30)
 @given(seeds, kinds, written, dtypes, widths, groups)
 def test_values_are_those_of_the_formula_bit_for_bit(seed, kind, dtype, scale_dtype, bits, sizes):
-    weight, scale = drawn(seed, kind, dtype, scale_dtype, bits, sizes)
-    assert_values_of_the_formula(weight, scale, bits)
+    weight, log_scale = drawn(seed, kind, dtype, bits, sizes)
+    assert_values_of_the_formula(weight, log_scale, bits, scale_dtype)
 
 
 @settings(max_examples=30)
 @given(seeds, kinds, dtypes, dtypes, widths, groups)
 def test_gradients_are_those_of_the_formula(seed, kind, dtype, scale_dtype, bits, sizes):
-    weight, scale = drawn(seed, kind, dtype, scale_dtype, bits, sizes)
+    weight, log_scale = drawn(seed, kind, dtype, bits, sizes)
     grad = normal(seed + 2, *weight.shape, dtype=dtype).to(DEVICE)
-    both = _triton_lsq.backward(grad, weight, scale, bits, needs_weight=True, needs_scale=True)
-    expected_weight, expected_scale = formula_gradients(grad, weight, scale, bits)
+    given = (grad, weight, log_scale, bits, scale_dtype)
+    both = _triton_lsq.backward(*given, needs_weight=True, needs_scale=True)
+    expected_weight, expected_scale = formula_gradients(grad, weight, deployed_scale(log_scale, scale_dtype), bits)
     assert torch.equal(both[0], expected_weight)
     # Sums of up to 5,000 float32 numbers in another order.
     atol = 1e-5 * float(expected_scale.abs().max()) + 1e-36
-    torch.testing.assert_close(both[1].double(), expected_scale, rtol=1e-4, atol=atol)
+    torch.testing.assert_close(both[1], expected_scale.float(), rtol=1e-4, atol=atol)  # beyond float32: infinite
 
-    alone = _triton_lsq.backward(grad, weight, scale, bits, needs_weight=True, needs_scale=False)
+    alone = _triton_lsq.backward(*given, needs_weight=True, needs_scale=False)
     assert torch.equal(alone[0], both[0])
     assert alone[1].numel() == 0
-    alone = _triton_lsq.backward(grad, weight, scale, bits, needs_weight=False, needs_scale=True)
+    alone = _triton_lsq.backward(*given, needs_weight=False, needs_scale=True)
     assert torch.equal(alone[1], both[1])
     assert alone[0].numel() == 0
+
+
+@pytest.mark.parametrize("scale_dtype", [*halves, torch.float32])
+def test_scales_are_rounded_as_they_are_deployed(scale_dtype):
+    # Through a weight of ones of a tile's own scale: W_q of a float32 weight s is s itself, from the least scale to the greatest.
+    log_scale = torch.cat([torch.linspace(-150, 150, 3001), torch.linspace(-12, 2, 3001), torch.tensor([torch.nan])])
+    log_scale = log_scale[:, None].to(DEVICE)
+    scale = deployed_scale(log_scale, scale_dtype).float()
+    assert_same_bits(_triton_lsq.forward(scale, log_scale, 4, scale_dtype), scale)
 
 
 def every(dtype, least):
@@ -103,11 +114,12 @@ def test_codes_of_all_halves_are_those_of_the_division(dtype, scale_dtype):
     weight = every(dtype, -torch.inf)
     scales = every(scale_dtype, 2.0**-24 if scale_dtype == torch.float16 else 2.0**-126)
     for part in scales.split(1024) if CUDA else [scales[(scales >= 1) & (scales < 2)][::37]]:
-        tiled = weight.repeat(len(part), 1)
+        tiled, logs = weight.repeat(len(part), 1), part[:, None].double().log().float()
+        assert torch.equal(deployed_scale(logs, scale_dtype), part[:, None])
         if CUDA or dtype == torch.float16:
-            assert_values_of_the_formula(tiled, part[:, None], 8)
+            assert_values_of_the_formula(tiled, logs, 8, scale_dtype)
         inside, _ = _triton_lsq.backward(
-            torch.ones_like(tiled), tiled, part[:, None], 8, needs_weight=True, needs_scale=False
+            torch.ones_like(tiled), tiled, logs, 8, scale_dtype, needs_weight=True, needs_scale=False
         )
         codes = quotients(tiled, part[:, None]).flatten(-2).round_()
         assert torch.equal(inside, ((codes >= -128) & (codes <= 127)).to(dtype))
@@ -116,30 +128,34 @@ def test_codes_of_all_halves_are_those_of_the_division(dtype, scale_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_not_a_number_stays_so_and_infinity_is_clipped(dtype):
     weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, -0.0]], dtype=dtype, device=DEVICE)
-    scale = torch.full((1, 1), 0.5, dtype=torch.bfloat16, device=DEVICE)
+    log_scale = torch.full((1, 1), 0.5, device=DEVICE).log()
     assert_same_bits(
-        _triton_lsq.forward(weight, scale, 4), torch.tensor([[torch.nan, 3.5, -4.0, -0.0]], dtype=dtype, device=DEVICE)
+        _triton_lsq.forward(weight, log_scale, 4, torch.bfloat16),
+        torch.tensor([[torch.nan, 3.5, -4.0, -0.0]], dtype=dtype, device=DEVICE),
     )
     grad = torch.ones_like(weight)
-    grad_weight, grad_log_scale = _triton_lsq.backward(grad, weight, scale, 4, needs_weight=True, needs_scale=True)
+    grad_weight, grad_log_scale = _triton_lsq.backward(
+        grad, weight, log_scale, 4, torch.bfloat16, needs_weight=True, needs_scale=True
+    )
     assert grad_weight.tolist() == [[0.0, 0.0, 0.0, 1.0]]
     assert bool(grad_log_scale.isnan())
-    scale.fill_(torch.nan)
-    assert bool(_triton_lsq.forward(weight, scale, 4).isnan().all())
+    log_scale.fill_(torch.nan)
+    assert bool(_triton_lsq.forward(weight, log_scale, 4, torch.bfloat16).isnan().all())
 
 
 def test_any_strides_give_the_same_and_no_elements_give_none():
-    weight, scale = drawn(0, "normal", torch.float32, torch.bfloat16, 4, (5, 12))
+    weight, log_scale = drawn(0, "normal", torch.float32, 4, (5, 12))
     grad = normal(3, *weight.shape, dtype=torch.float32).to(DEVICE)
-    strided = [tensor.t().contiguous().t() for tensor in (weight, scale, grad)]
-    assert torch.equal(_triton_lsq.forward(*strided[:2], 4), _triton_lsq.forward(weight, scale, 4))
+    strided = [tensor.t().contiguous().t() for tensor in (weight, log_scale, grad)]
+    settings = (4, torch.bfloat16)
+    assert torch.equal(_triton_lsq.forward(*strided[:2], *settings), _triton_lsq.forward(weight, log_scale, *settings))
     for a, b in zip(
-        _triton_lsq.backward(strided[2], *strided[:2], 4, needs_weight=True, needs_scale=True),
-        _triton_lsq.backward(grad, weight, scale, 4, needs_weight=True, needs_scale=True),
+        _triton_lsq.backward(strided[2], *strided[:2], *settings, needs_weight=True, needs_scale=True),
+        _triton_lsq.backward(grad, weight, log_scale, *settings, needs_weight=True, needs_scale=True),
         strict=True,
     ):
         assert torch.equal(a, b)
-    assert _triton_lsq.forward(weight[:0], scale[:0], 4).shape == (0, 24)
+    assert _triton_lsq.forward(weight[:0], log_scale[:0], *settings).shape == (0, 24)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")

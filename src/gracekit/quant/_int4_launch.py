@@ -17,6 +17,7 @@ from triton import AsyncCompileMode
 
 from gracekit.quant._int4_layout import CHUNK, TILE
 from gracekit.quant._triton_int4 import narrow_kernel, values_kernel, wide_kernel
+from gracekit.quant._triton_launch import launch
 
 _VALUES_ROWS = 32
 _BAND = 8
@@ -65,9 +66,7 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: 
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = x.new_empty(len(x), outputs)
-    kernel, grid, arguments, options = _launch(x, packed, scale, y, counters, schedule)
-    with torch.cuda.device(x.get_device()):
-        kernel[grid](*arguments, **options)
+    launch(*_product(x, packed, scale, y, counters, schedule))
     return y
 
 
@@ -82,14 +81,14 @@ def compile_ahead(
         AsyncCompileMode(threads, ignore_errors=True),
     ):
         for schedule in schedules:
-            kernel, grid, arguments, options = _launch(x, packed, scale, y, counters, schedule)
-            kernel.warmup(*arguments, grid=grid, **options)
+            kernel, grid, tensors, sizes, options = _product(x, packed, scale, y, counters, schedule)
+            kernel.warmup(*tensors, *sizes, grid=grid, **options)
 
 
-def _launch(
+def _product(
     x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
-) -> tuple[Any, tuple[int, ...], list[Any], dict[str, Any]]:
-    """Return the kernel, the grid, the arguments, and what is compiled in."""
+) -> tuple[Any, tuple[int, ...], list[Tensor], list[int], dict[str, Any]]:
+    """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule
     padded, shares = tiles * TILE, parts or split
@@ -110,12 +109,12 @@ def _launch(
         options["launch_pdl"] = True
     if parts:
         grid = (triton.cdiv(padded, rows), triton.cdiv(len(x), tokens))
-        return narrow_kernel, grid, [x, packed, scale, y, *sizes], options | {"PARTS": parts}
+        return narrow_kernel, grid, [x, packed, scale, y], sizes, options | {"PARTS": parts}
     programs = schedule.programs(padded, len(x))
     slabs = programs * split * rows * tokens if split > 1 else 0
     partial = x.new_empty(slabs, dtype=torch.float32)
     options |= {"SPLIT": split, "SCALED": scaled, "BAND": _BAND}
-    return wide_kernel, (programs, split), [x, packed, scale, y, partial, counters, *sizes], options
+    return wide_kernel, (programs, split), [x, packed, scale, y, partial, counters], sizes, options
 
 
 @functools.cache
@@ -128,10 +127,7 @@ def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.d
     """Return W (N, K) of ``shape`` in ``dtype``, bfloat16 or float16."""
     tiles, chunks = packed.shape[:2]
     dense = scale.new_empty(shape, dtype=dtype)
+    options = {"G": chunks * CHUNK // scale.shape[0], "ROWS": _VALUES_ROWS, "ASSEMBLY": packed.is_cuda, "num_warps": 4}
     grid = (chunks, triton.cdiv(shape[0], _VALUES_ROWS))
-    with torch.cuda.device(packed.get_device()):
-        values_kernel[grid](
-            packed, scale, dense, *shape, chunks, tiles * TILE,
-            G=chunks * CHUNK // scale.shape[0], ROWS=_VALUES_ROWS, ASSEMBLY=packed.is_cuda, num_warps=4,
-        )  # fmt: skip
+    launch(values_kernel, grid, [packed, scale, dense], [*shape, chunks, tiles * TILE], options)
     return dense

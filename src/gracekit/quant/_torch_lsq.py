@@ -13,13 +13,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gracekit.quant.scheme import code_range, float_codes, in_groups, quotients, times_scale
+from gracekit.quant.scheme import code_range, deployed_scale, float_codes, in_groups, quotients, times_scale
 
 _BLOCK = 1 << 18
 
 
-def forward(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return W_q (O, I) of a weight (O, I) and its rounded scales (O, S)."""
+def forward(weight: Tensor, log_scale: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor:
+    """Return W_q (O, I) of a weight (O, I) and the logarithms (O, S) of its scales."""
+    scale = deployed_scale(log_scale, scale_dtype)
     values = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows in _blocks(weight):
         values[rows] = times_scale(float_codes(weight[rows], scale[rows], bits), scale[rows], weight.dtype)
@@ -27,9 +28,17 @@ def forward(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def backward(
-    grad: Tensor, weight: Tensor, scale: Tensor, bits: int, *, needs_weight: bool, needs_scale: bool
+    grad: Tensor,
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    scale_dtype: torch.dtype,
+    *,
+    needs_weight: bool,
+    needs_scale: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return dW (O, I) in the weight's dtype and dtheta (O, S) in the computing one, each empty unless it is needed."""
+    """Return dW (O, I) and dtheta (O, S), in the dtypes of weight and ``log_scale``, each empty unless it is needed."""
+    scale = deployed_scale(log_scale, scale_dtype)
     low, high = code_range(bits)
     grad_weight = (
         torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else weight.new_empty(0)
@@ -45,7 +54,7 @@ def backward(
         if needs_scale:
             slope = codes.clamp_(low, high).sub_(ratio.masked_fill_(~inside, 0))
             slopes.append(slope.mul_(grads).sum(-1) * scale[rows].to(slope.dtype))
-    return grad_weight, torch.cat(slopes) if needs_scale else scale.new_empty(0)
+    return grad_weight, torch.cat(slopes).to(log_scale.dtype) if needs_scale else log_scale.new_empty(0)
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:

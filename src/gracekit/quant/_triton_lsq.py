@@ -2,7 +2,8 @@
 
 ``values_kernel`` writes W_q; ``gradients_kernel`` reads the gradient and the weight and writes dW and dtheta, one program to a
 handful of groups, so that the sum over a group never leaves it. Traffic is two reads and two writes of the weight's size over both
-directions, plus the gradient's read.
+directions, plus the gradient's read. The scales are made from their logarithms anew in both, as ``deployed_scale`` makes them: the
+exponential in float64, one rounding to float32, one to the scales' dtype.
 
 The codes are those of the plain formula, bit for bit. Adding and taking away 1.5 * 2^23 rounds half to even as torch.round does.
 Where weight or scale is float32 the quotient is ``div_rn``, the division of IEEE 754 (Triton's ``/`` need not be). Where both are
@@ -15,18 +16,37 @@ product is within 2^-14 of the quotient. Rounding it to a multiple of 2^-13 give
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gracekit.quant.scheme import code_range
+from gracekit.quant._triton_launch import launch
+from gracekit.quant.scheme import code_range, scale_range
 
 _TO_WHOLE = tl.constexpr(1.5 * 2**23)
 _TO_GRID = tl.constexpr(1.5 * 2**10)
 _GRID = tl.constexpr(2.0**-13)
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 _TILE = 4096
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _scale(log_scale, DTYPE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """Scales as DTYPE has them, in float32."""
+    s = tl.exp(log_scale.to(tl.float64))
+    s = tl.where(s < LEAST, LEAST, s)
+    s = tl.where(s > MOST, MOST, s).to(tl.float32)
+    if tl.bfloat16 == DTYPE:
+        # Half to even; in whole numbers, because the interpreter cuts off instead.
+        bits = s.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return tl.where(s == s, bits.to(tl.float32, bitcast=True), s)
+    else:
+        return s.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -58,13 +78,13 @@ def _is_inside(ratio, LOW: tl.constexpr, HIGH: tl.constexpr, HALVES: tl.constexp
 
 @triton.jit
 def values_kernel(
-    weight, scale, values, N,
+    weight, log_scale, values, N,
     G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    HALVES: tl.constexpr,
+    HALVES: tl.constexpr, DTYPE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """W_q of ROWS groups."""
     group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    s = tl.load(scale + group, mask=group < N, other=1.0).to(tl.float32)[:, None]
+    s = _scale(tl.load(log_scale + group, mask=group < N, other=0.0), DTYPE, LEAST, MOST)[:, None]
     for start in range(0, G, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
         here = (group[:, None] < N) & (column < G)
@@ -76,13 +96,14 @@ def values_kernel(
 
 @triton.jit
 def gradients_kernel(
-    grad, weight, scale, grad_weight, grad_log_scale, N,
+    grad, weight, log_scale, grad_weight, grad_log_scale, N,
     G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    HALVES: tl.constexpr, WITH_WEIGHT: tl.constexpr, WITH_SCALE: tl.constexpr,
+    HALVES: tl.constexpr, DTYPE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    WITH_WEIGHT: tl.constexpr, WITH_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of ROWS groups."""
-    group = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    s = tl.load(scale + group, mask=group < N, other=1.0).to(tl.float32)
+    """The gradients of ROWS groups; the last groups first, whose incoming gradient the cache still holds."""
+    group = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    s = _scale(tl.load(log_scale + group, mask=group < N, other=0.0), DTYPE, LEAST, MOST)
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, G, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
@@ -100,41 +121,49 @@ def gradients_kernel(
         tl.store(grad_log_scale + group, total * s, mask=group < N)
 
 
-def forward(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Return W_q (O, I) of a half or float32 weight (O, I) and its rounded scales (O, S)."""
-    weight, scale = weight.contiguous(), scale.contiguous()
+def forward(weight: Tensor, log_scale: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor:
+    """Return W_q (O, I) of a half or float32 weight (O, I) and the float32 logarithms (O, S) of its scales."""
+    weight, log_scale = weight.contiguous(), log_scale.contiguous()
     values = torch.empty_like(weight)
     if weight.numel():
-        grid, options = _launch(weight, scale, bits)
-        with torch.cuda.device(weight.get_device()):
-            values_kernel[grid](weight, scale, values, scale.numel(), **options)
+        grid, sizes, options = _settings(weight, log_scale, bits, scale_dtype)
+        launch(values_kernel, grid, [weight, log_scale, values], sizes, options)
     return values
 
 
 def backward(
-    grad: Tensor, weight: Tensor, scale: Tensor, bits: int, *, needs_weight: bool, needs_scale: bool
+    grad: Tensor,
+    weight: Tensor,
+    log_scale: Tensor,
+    bits: int,
+    scale_dtype: torch.dtype,
+    *,
+    needs_weight: bool,
+    needs_scale: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return dW (O, I) in the weight's dtype and dtheta (O, S) in float32, each empty unless it is needed."""
-    grad, weight, scale = grad.contiguous(), weight.contiguous(), scale.contiguous()
+    grad, weight, log_scale = grad.contiguous(), weight.contiguous(), log_scale.contiguous()
     grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
-    grad_log_scale = scale.new_empty(scale.shape if needs_scale else 0, dtype=torch.float32)
+    grad_log_scale = torch.empty_like(log_scale) if needs_scale else log_scale.new_empty(0)
     if weight.numel():
-        grid, options = _launch(weight, scale, bits)
-        with torch.cuda.device(weight.get_device()):
-            gradients_kernel[grid](
-                grad, weight, scale, grad_weight, grad_log_scale, scale.numel(),
-                WITH_WEIGHT=needs_weight, WITH_SCALE=needs_scale, **options,
-            )  # fmt: skip
+        grid, sizes, options = _settings(weight, log_scale, bits, scale_dtype)
+        tensors = [grad, weight, log_scale, grad_weight, grad_log_scale]
+        launch(
+            gradients_kernel, grid, tensors, sizes, options | {"WITH_WEIGHT": needs_weight, "WITH_SCALE": needs_scale}
+        )
     return grad_weight, grad_log_scale
 
 
-def _launch(weight: Tensor, scale: Tensor, bits: int) -> tuple[tuple[int], dict[str, int]]:
-    """Tiles of whole groups where a tile can hold one, else a group a program in several steps."""
-    group_size = weight.numel() // scale.numel()
+def _settings(
+    weight: Tensor, log_scale: Tensor, bits: int, scale_dtype: torch.dtype
+) -> tuple[tuple[int], list[int], dict[str, Any]]:
+    """Return grid, sizes and options: tiles of whole groups where a tile can hold one, else a group a program in several steps."""
+    groups = log_scale.numel()
+    group_size = weight.numel() // groups
     low, high = code_range(bits)
+    least, most = scale_range(scale_dtype)
     block = min(triton.next_power_of_2(group_size), _TILE)
     rows = _TILE // block
-    halves = torch.float32 not in (weight.dtype, scale.dtype)
-    sizes = {"G": group_size, "ROWS": rows, "BLOCK": block}
-    options = sizes | {"LOW": low, "HIGH": high, "HALVES": halves, "num_warps": 4}
-    return (triton.cdiv(scale.numel(), rows),), options
+    options = {"G": group_size, "ROWS": rows, "BLOCK": block, "LOW": low, "HIGH": high}
+    options |= {"HALVES": torch.float32 not in (weight.dtype, scale_dtype), "DTYPE": _DTYPES[scale_dtype]}
+    return (triton.cdiv(groups, rows),), [groups], options | {"LEAST": least, "MOST": most, "num_warps": 4}

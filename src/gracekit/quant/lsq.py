@@ -27,7 +27,7 @@ from gracekit._autograd import differentiable_once, differentiated_twice
 from gracekit._checks import check_choice, check_floating, check_int, check_rank, check_same_device
 from gracekit._kernels import has_triton
 from gracekit.quant import _torch_lsq
-from gracekit.quant.scheme import SCALE_DTYPES, LSQConfig, deployed_scale
+from gracekit.quant.scheme import SCALE_DTYPES, LSQConfig
 
 # O out_features, I in_features, S groups per row, G group size
 
@@ -132,8 +132,7 @@ def _backend(weight: Tensor) -> ModuleType:
 
 @torch.library.custom_op("gracekit::lsq_forward", mutates_args=())
 def _forward(weight: Tensor, log_scale: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor:
-    scale = deployed_scale(log_scale, scale_dtype)
-    values: Tensor = _backend(weight).forward(weight, scale, bits)
+    values: Tensor = _backend(weight).forward(weight, log_scale, bits, scale_dtype)
     return values
 
 
@@ -147,11 +146,10 @@ def _backward(
     needs_weight: bool,
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor]:
-    scale = deployed_scale(log_scale, scale_dtype)
-    grad_weight, grad_scale = _backend(weight).backward(
-        grad, weight, scale, bits, needs_weight=needs_weight, needs_scale=needs_scale
+    gradients: tuple[Tensor, Tensor] = _backend(weight).backward(
+        grad, weight, log_scale, bits, scale_dtype, needs_weight=needs_weight, needs_scale=needs_scale
     )
-    return grad_weight, grad_scale.to(log_scale.dtype)
+    return gradients
 
 
 @_forward.register_fake
@@ -175,7 +173,7 @@ def _(
     return grad_weight, grad_scale
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None = None) -> None:
     weight, log_scale, ctx.bits, ctx.scale_dtype = inputs
     ctx.save_for_backward(weight, log_scale)
 
@@ -198,28 +196,26 @@ _backward.register_autograd(_refuse)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """The two operators without a registry, and with the rounded scales kept: two bytes a group."""
+    """The two operators without a registry."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, log_scale: Tensor, bits: int, scale_dtype: torch.dtype) -> Tensor:
-        scale = deployed_scale(log_scale, scale_dtype)
-        ctx.save_for_backward(weight, scale)
-        ctx.bits, ctx.dtype = bits, log_scale.dtype
-        values: Tensor = _backend(weight).forward(weight, scale, bits)
+        _save(ctx, (weight, log_scale, bits, scale_dtype))
+        values: Tensor = _backend(weight).forward(weight, log_scale, bits, scale_dtype)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight, scale = ctx.saved_tensors
+        weight, log_scale = ctx.saved_tensors
         needs_weight, needs_scale = ctx.needs_input_grad[:2]
         with torch.no_grad():
             grad_weight, grad_scale = _backend(weight).backward(
-                grad, weight, scale, ctx.bits, needs_weight=needs_weight, needs_scale=needs_scale
+                grad, weight, log_scale, ctx.bits, ctx.scale_dtype, needs_weight=needs_weight, needs_scale=needs_scale
             )
         source = weight if needs_weight else grad
         return (
             differentiable_once("lsq_fake_quantize", grad_weight, source) if needs_weight else None,
-            differentiable_once("lsq_fake_quantize", grad_scale.to(ctx.dtype), source) if needs_scale else None,
+            differentiable_once("lsq_fake_quantize", grad_scale, source) if needs_scale else None,
             None,
             None,
         )

@@ -105,9 +105,14 @@ def in_groups(tensor_OI: Tensor, group_size: int) -> Tensor:
     return tensor_OI.reshape(tensor_OI.shape[0], tensor_OI.shape[-1] // group_size, group_size)
 
 
+def scale_range(scale_dtype: torch.dtype) -> tuple[float, float]:
+    """Return the least and the greatest scale of a dtype."""
+    return _SMALLEST_SCALE[scale_dtype], torch.finfo(scale_dtype).max
+
+
 def round_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round positive scales to ``scale_dtype``, kept between its smallest safe and its largest number."""
-    return scale.clamp(_SMALLEST_SCALE[scale_dtype], torch.finfo(scale_dtype).max).to(scale_dtype)
+    """Round positive scales to ``scale_dtype``, kept within :func:`scale_range`."""
+    return scale.clamp(*scale_range(scale_dtype)).to(scale_dtype)
 
 
 def deployed_scale(log_scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
@@ -115,7 +120,7 @@ def deployed_scale(log_scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     # In float64, because no two machines agree on the last bit of a float32 exp: scales are rounded alike where they are trained
     # and where they are exported.
     scale = torch.exp(log_scale.detach().double())
-    return scale.clamp_(_SMALLEST_SCALE[scale_dtype], torch.finfo(scale_dtype).max).to(scale_dtype)
+    return scale.clamp_(*scale_range(scale_dtype)).to(scale_dtype)
 
 
 def quotients(weight_OI: Tensor, scale_OS: Tensor) -> Tensor:

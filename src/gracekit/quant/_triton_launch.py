@@ -1,0 +1,53 @@
+"""Launching the same Triton kernel again and again with little work for the host.
+
+Triton's own launch looks at every argument to find what it has compiled for the like of them, which takes the host longer than a
+small kernel takes the device. Here the sizes, the options, and the dtype and alignment of each tensor are the key of a table that
+leads to the compiled kernel; what remains is to hand over the pointers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import JITFunction
+
+_ALIGNMENT = 16  # bytes; Triton compiles for tensors that begin at a multiple of it, or for others
+_MOST = 1 << 12
+
+_launches: dict[Hashable, Callable[..., None]] = {}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[int], options: dict[str, Any]
+) -> None:
+    """Do what ``kernel[grid](*tensors, *sizes, **options)`` does, on the device of the first tensor.
+
+    ``tensors`` and ``sizes`` are the kernel's first parameters, in its order; ``options`` are those compiled in, and Triton's own.
+    """
+    device = tensors[0].get_device()
+    if not isinstance(kernel, JITFunction):
+        kernel[grid](*tensors, *sizes, **options)  # the interpreter
+        return
+    with torch.cuda.device(device):
+        kinds = [(tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0) for tensor in tensors]
+        key = (id(kernel), device, grid, *kinds, *sizes, *options.values())
+        run = _launches.get(key)
+        if run is None:
+            if len(_launches) >= _MOST:
+                _launches.clear()
+            run = _launches[key] = _prepared(kernel, grid, tensors, sizes, options)
+        run(*tensors)
+
+
+def _prepared(
+    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[int], options: dict[str, Any]
+) -> Callable[..., None]:
+    compiled = kernel.warmup(*tensors, *sizes, grid=grid, **options)
+    if hasattr(compiled, "result"):  # compiled ahead, by a thread
+        compiled = compiled.result()
+    start = compiled[(*grid, 1, 1)[:3]]
+    constants = [options[name] for name in kernel.arg_names[len(tensors) + len(sizes) :]]
+    return lambda *pointers: start(*pointers, *sizes, *constants)
