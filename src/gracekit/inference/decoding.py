@@ -8,15 +8,21 @@ in the cache, which places attention sees, the tokens so far, and which rows hav
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from gracekit._structure import find_decoder
+from gracekit.inference.attention import decode_attention
+from gracekit.inference.graphs import captured
 from gracekit.inference.inputs import Choice, Prompt
+from gracekit.inference.prefill import DecoderGraphs
 
 _WARM_UP = 3
 
@@ -30,7 +36,7 @@ class Decoding:
             several dimensions.
         capacity: C.
         compiled: compile the model's call.
-        graphed: capture the step in a CUDA graph.
+        graphed: capture the step, and prefills of a shape that comes again, in CUDA graphs.
 
     Raises:
         ValueError: the model needs another cache than keys and values of all tokens.
@@ -54,6 +60,12 @@ class Decoding:
         self.sequences_BC = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._decoder: Any = find_decoder(model)
+        self._prefills: DecoderGraphs | None = None
+        if graphed:
+            # The cache has room for one prefill at a time. No two are replayed at once.
+            capture = functools.partial(captured, warm_up=1, pool=torch.cuda.graph_pool_handle())
+            self._prefills = DecoderGraphs(self._decoder, self.cache, capture)
         # Static addresses and shapes: one graph, never compiled anew.
         self._call = torch.compile(self._forward, fullgraph=True, dynamic=False) if compiled else self._forward
         self._captured: tuple[object, Callable[[], Any]] | None = None
@@ -79,7 +91,8 @@ class Decoding:
             **keep,
             **prompt.rest,
         )
-        logits: Tensor = self.model(**inputs, return_dict=True).logits[:, -1].float()
+        with nullcontext() if self._prefills is None else self._prefills.installed():
+            logits: Tensor = self.model(**inputs, return_dict=True).logits[:, -1].float()
         self.sequences_BC.fill_(pad)
         self.sequences_BC[:, :length] = prompt.ids
         self.mask_B11C.fill_(self.hidden)
@@ -92,7 +105,8 @@ class Decoding:
     def step(self) -> Tensor:
         """Read the last token and return the logits (B, V) after it, in float32."""
         self.mask_B11C.index_fill_(3, self.slot, 0.0)
-        logits = self._call(self.token, self.positions, self.mask_B11C)
+        with decode_attention(self._decoder.config) if self.compiled else nullcontext():
+            logits = self._call(self.token, self.positions, self.mask_B11C)
         self.slot.add_(1)
         self.positions.add_(1)
         return logits
@@ -125,7 +139,7 @@ class Decoding:
                 self.cache.reset()
             if self.compiled:
                 run()
-            self._captured = (key, _capture(run) if self.graphed else run)
+            self._captured = (key, captured(run, warm_up=_WARM_UP) if self.graphed else run)
         return self._captured[1]
 
     def _forward(self, token: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -141,22 +155,3 @@ class Decoding:
         )
         logits: Tensor = out.logits[:, -1].float()
         return logits
-
-
-def _capture(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a replay of ``run`` from a CUDA graph; what ``run`` returned is overwritten at each replay."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay(keep: object = run) -> Any:  # the graph reads tensors that ``run`` holds
-        graph.replay()
-        return out
-
-    return replay
