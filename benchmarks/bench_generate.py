@@ -84,7 +84,7 @@ def runner(variant: Variant, model: Any, batch: dict, new: int) -> tuple[Callabl
 
 def measured(variant: Variant, model: Any, batch: dict, new: int, device: str, runs: int) -> dict[str, Any]:
     run, generator = runner(variant, model, batch, new)
-    for _ in range(1 if generator else 2):  # compiles, captures and measures what is not known yet
+    for _ in range(2):  # compiles, measures what is not known yet, and captures: a prefill at its second time
         run(new)
     whole, first = seconds(lambda: run(new), device, runs), seconds(lambda: run(1), device, runs)
     count = len(batch["input_ids"])

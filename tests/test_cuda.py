@@ -119,7 +119,8 @@ def test_values_and_gradients_of_hidden_states_are_those_of_the_cpu(dtype):
         hidden, head, teacher_hidden, teacher_head = (tensor.to(dtype).to(device, kind) for tensor in tensors)
         hidden.requires_grad_(), head.requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("gracekit.losses._linear_distillation._SLAB_ELEMENTS_ACCELERATOR", 1)
+            for name in ("_ONLY_SLAB_ELEMENTS_ACCELERATOR", "_SLAB_ELEMENTS_ACCELERATOR"):
+                patch.setattr(f"gracekit.losses._linear_distillation.{name}", 1)
             loss = LinearGatedDKD()(hidden, head, teacher_hidden, teacher_head, target.to(device))
         gradients = torch.autograd.grad(loss.total, (hidden, head))
         results.append([tensor.detach().double().cpu() for tensor in (*loss[:3], *gradients)])

@@ -167,7 +167,7 @@ def test_eager_attention_gives_the_same_tokens():
 @pytest.mark.parametrize("places", [48, 80])
 @pytest.mark.parametrize("options", [{}, {"compile": True}, {"cuda_graph": False}], ids=["graph", "compiled", "plain"])
 def test_tokens_on_cuda_are_those_of_transformers(options, places):
-    model = built("llava", layers=1).cuda()
+    model = built("llava", layers=1, width=64).cuda()
     batch = {name: value.cuda() for name, value in FAMILIES["llava"].batch(BATCHES["several"]).items()}
     generator = Generator(model, 3, places, **options)
     for _ in range(4):  # a prefill of the shape is run, captured, and replayed

@@ -17,9 +17,11 @@ from gracekit.losses._rows import DKDParameters, Rows, compute_dtype, scaled
 from gracekit.losses._token_values import all_backward, all_forward, gate_rows, row_blocks
 
 # Elements of one side's logits that are alive at a time, and of the student's among them. A slab is large so that the products
-# into the gradients are few; the student's logits in it come in blocks because the gradient takes the teacher's place.
+# into the gradients are few; the student's logits in it come in blocks because the gradient takes the teacher's place. What no
+# single slab holds leaves room for the head's gradient in float32.
 _SLAB_ELEMENTS = {"cpu": 2**24}
-_SLAB_ELEMENTS_ACCELERATOR = 5 * 2**27
+_ONLY_SLAB_ELEMENTS_ACCELERATOR = 5 * 2**27
+_SLAB_ELEMENTS_ACCELERATOR = 3 * 2**27
 _BLOCK_ELEMENTS_ACCELERATOR = 2**26
 _LEAST_ROWS = 256  # fewer would leave the products bound by reading the heads
 
@@ -106,8 +108,10 @@ class LinearDistillation(torch.autograd.Function):
 
 
 def _slabs(hidden_ND: Tensor, student_VD: Tensor, teacher_VD: Tensor) -> Iterator[slice]:
-    elements = _SLAB_ELEMENTS.get(hidden_ND.device.type, _SLAB_ELEMENTS_ACCELERATOR)
     widest = max(len(student_VD), len(teacher_VD))
+    is_one = len(hidden_ND) * widest <= _ONLY_SLAB_ELEMENTS_ACCELERATOR
+    accelerator = _ONLY_SLAB_ELEMENTS_ACCELERATOR if is_one else _SLAB_ELEMENTS_ACCELERATOR
+    elements = _SLAB_ELEMENTS.get(hidden_ND.device.type, accelerator)
     return row_blocks(len(hidden_ND), widest, hidden_ND.device, elements=elements, least=_LEAST_ROWS)
 
 

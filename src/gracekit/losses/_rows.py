@@ -137,7 +137,7 @@ def entropy_gate_rows(logits_NK: Tensor) -> Tensor:
     shifted_NK = logits_NK - logits_NK.amax(1, keepdim=True)
     weight_NK = shifted_NK.exp()
     total_N = weight_NK.sum(1)
-    moment_N = torch.where(weight_NK == 0, 0.0, weight_NK * shifted_NK).sum(1)
+    moment_N = shifted_NK.clamp_min_(_MASKED).mul_(weight_NK).sum(1)  # 0 times a finite number is 0
     log_classes = math.log(logits_NK.shape[1])
     entropy_N = (total_N.log() - moment_N / total_N).clamp(0.0, log_classes)
     return torch.exp(-entropy_N / log_classes)
@@ -197,9 +197,11 @@ def backward_rows(
     *,
     with_cross_entropy: bool,
 ) -> Tensor:
-    """Return the gradient (N, V) of the student's logits, given those of the values, in the computing dtype."""
-    student_NV, teacher_NV, target_N, keep_N = rows
-    dtype = compute_dtype(student_NV, teacher_NV)
+    """Return the gradient (N, V) of the student's logits, given those of the values, in the computing dtype.
+
+    Rows that are not kept hold anything.
+    """
+    student_NV, teacher_NV, target_N, _ = rows
     temperature, alpha, beta, _, classes = parameters
     target_N1 = target_N[:, None]
     columns = RowStatistics(*(statistic[:, None] for statistic in statistics))
@@ -207,24 +209,24 @@ def backward_rows(
     beta_N1 = torch.where(columns.teacher_lse_N == math.inf, 0.0, beta)
 
     # What these hold at the target is overwritten at the end.
-    hat_NK = _hat(student_NV[:, :classes].to(dtype), columns.student_peak_N, columns.student_lse_N, temperature)
-    teacher_hat_NK = _hat(teacher_NV[:, :classes].to(dtype), columns.teacher_peak_N, columns.teacher_lse_N, temperature)
+    hat_NK = _hat(student_NV[:, :classes], columns.student_peak_N, columns.student_lse_N, temperature)
+    teacher_hat_NK = _hat(teacher_NV[:, :classes], columns.teacher_peak_N, columns.teacher_lse_N, temperature)
     scale_N1 = temperature * dkd_grad_N[:, None]
     dkd_NK = hat_NK.mul_(scale_N1 * (beta_N1 - alpha * gap_N1)).addcmul_(teacher_hat_NK, -scale_N1 * beta_N1)
     dkd_NK.scatter_(1, target_N1, scale_N1 * alpha * gap_N1)
     if with_cross_entropy:
         log_rest_N1 = columns.ce_lse_N - F.logsigmoid(-columns.ce_log_odds_N)
-        gradient_NV = _hat(student_NV.to(dtype), columns.ce_peak_N, log_rest_N1, 1.0).mul_(ce_grad_N[:, None])
+        gradient_NV = _hat(student_NV, columns.ce_peak_N, log_rest_N1, 1.0).mul_(ce_grad_N[:, None])
         gradient_NV.scatter_(1, target_N1, -ce_grad_N[:, None] * (-columns.ce_log_odds_N).sigmoid())
         gradient_NV[:, :classes] += dkd_NK
     elif classes < student_NV.shape[1]:
         gradient_NV = F.pad(dkd_NK, (0, student_NV.shape[1] - classes))
     else:
         gradient_NV = dkd_NK
-    return gradient_NV.masked_fill_(~keep_N[:, None], 0.0)
+    return gradient_NV
 
 
 def _hat(logits_NK: Tensor, peak_N1: Tensor, lse_N1: Tensor, temperature: float) -> Tensor:
-    """exp((logits - peak) / T - lse), a new tensor."""
+    """exp((logits - peak) / T - lse), a new tensor in the dtype of ``peak_N1``, which is that of the computation."""
     shifted_NK = logits_NK - peak_N1
     return torch.addcmul(-lse_N1, shifted_NK, torch.full_like(lse_N1, 1.0 / temperature)).exp_()

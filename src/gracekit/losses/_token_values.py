@@ -173,6 +173,7 @@ def all_backward(
             parameters,
             with_cross_entropy=with_cross_entropy,
         )
+        out_NV[block].masked_fill_(~rows.keep_N[block, None], 0.0)
     return out_NV
 
 
