@@ -120,15 +120,15 @@ def inference(device: str) -> None:
             f"{result['copy_bandwidth_gb_s']} GB/s) {result['traffic_limit_us'] / 1e3:.2f} ms. {machine(result)}\n"
         )
         columns = {"name": "Part", "us": "us a step", "calls": "Calls a step"}
-        rows = [row | {"name": f"``{row['name']}``"} for row in result["rows"][:12]]
+        rows = [row | {"name": f"``{row['name'][:60]}``"} for row in result["rows"][:12]]
         write_table(f"decode_profile-{device}", rows, columns)
 
 
 def generation(result: dict) -> str:
     """Speed and memory of our INT4 at one prompt beside transformers' bfloat16, in a sentence."""
     of = {row["variant"]: row for row in result["rows"] if row["batch"] == 1}
-    theirs, dense = of["bf16, transformers"], of["bf16, gracekit"]
-    ours = of.get("INT4 gracekit") or of["INT4 torchao, gracekit, fused"]
+    theirs, dense = of["bf16, transformers"], of.get("bf16, gracekit, compiled") or of["bf16, gracekit"]
+    ours = of.get("INT4 gracekit, compiled") or of["INT4 torchao, gracekit, fused"]
     # The peak of transformers holds the cache, ours is there already.
     peaks = [row["weights_mib"] + row["peak_beyond_weights_mib"] + (row["cache_mib"] or 0) for row in (ours, theirs)]
     return (

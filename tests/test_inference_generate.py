@@ -168,10 +168,12 @@ def test_eager_attention_gives_the_same_tokens():
 @pytest.mark.parametrize("options", [{}, {"compile": True}, {"cuda_graph": False}], ids=["graph", "compiled", "plain"])
 def test_tokens_on_cuda_are_those_of_transformers(options, places):
     model = built("llava", layers=1, width=64).cuda()
-    batch = {name: value.cuda() for name, value in FAMILIES["llava"].batch(BATCHES["several"]).items()}
+    batches = [FAMILIES["llava"].batch(samples) for samples in (BATCHES["several"], ["ttt", "t", "ttttt"])]
     generator = Generator(model, 3, places, **options)
-    for _ in range(4):  # a prefill of the shape is run, captured, and replayed
-        assert torch.equal(generator.generate(batch, max_new_tokens=NEW).sequences, theirs(model, batch))
+    for _ in range(4):  # prefills of both shapes are run, captured, and replayed in turn
+        for batch in batches:
+            batch = {name: value.cuda() for name, value in batch.items()}
+            assert torch.equal(generator.generate(batch, max_new_tokens=NEW).sequences, theirs(model, batch))
 
 
 def test_a_compiled_step_on_a_cpu_is_refused():

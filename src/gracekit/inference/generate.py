@@ -2,8 +2,8 @@
 
 What comes out is, token for token, what transformers' ``model.generate`` gives with the same settings; what differs is the time
 between tokens. There the host launches some thousand kernels for each token; here, on CUDA, one graph is replayed, with
-transformers' static cache inside it, and whether all rows have ended is asked every few steps only. The prefill runs eagerly: its
-length changes from prompt to prompt, and its kernels are long enough to hide their launches.
+transformers' static cache inside it, and whether all rows have ended is asked every few steps only. A prefill runs as it is; of one
+whose shape comes again, the decoder's part is replayed from a graph as well (:mod:`gracekit.inference.prefill`).
 
 This is no serving engine: a batch begins together and ends together. To serve, export the model to one.
 """
@@ -37,7 +37,8 @@ class Generation(NamedTuple):
         sequences: ids (B, L + n) of prompts and answers; the padding token follows a row's end.
         new_tokens: (B,) tokens of each answer, its end included.
         prefill_seconds: for the prompts, up to the first token of each row.
-        decode_seconds: for all further tokens. Neither holds the capture of a graph or a compilation.
+        decode_seconds: for all further tokens. Neither holds the capture of the step or its compilation; the second prefill of
+            a shape holds the capture of its own graph.
         peak_memory: most bytes of tensors on the CUDA device, weights included; None on a CPU.
     """
 
@@ -65,7 +66,8 @@ class Generator:
         max_batch: largest B.
         max_length: largest L + max_new_tokens, at most the model's positions.
         compile: compile the model's decode step with torch.compile; on CUDA alone.
-        cuda_graph: capture the decode step where the model is on a CUDA device.
+        cuda_graph: capture the decode step where the model is on a CUDA device, and the decoder's part of prefills whose shape
+            comes again (of up to 4,096 tokens; not for models that select places by their values there, as Qwen3-VL does).
 
     Raises:
         ValueError: the model has no decoder, fewer positions than ``max_length``, an attention implementation other than sdpa and
