@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -295,6 +296,31 @@ def ablation(device: str) -> None:
     )
 
 
+def distillation_parts(device: str) -> None:
+    """Ablations with one part of GDKD switched off, beside those with both and with none."""
+    runs = {name: newest(name, device) for name in ("ablation", "ablation_target", "ablation_rest")}
+    if None in runs.values():
+        return
+    rows = []
+    for name, run, method in (
+        ("CE", "ablation", "ce"),
+        ("CE and a plain KL divergence", "ablation", "kl"),
+        ("CE and GDKD of the target class alone (``--beta_dkd 0``)", "ablation_target", "gdkd-fixed"),
+        ("CE and GDKD of the other classes alone (``--alpha 0``)", "ablation_rest", "gdkd-fixed"),
+        ("CE and GDKD of both", "ablation", "gdkd-fixed"),
+    ):
+        found = [100 * v["accuracy"] for v in runs[run]["variants"] if v["name"] == f"{method}-bf16"]
+        rows.append(
+            {"students": name, "mean": f"{statistics.mean(found):.2f}", "seeds": ", ".join(f"{x:.1f}" for x in found)}
+        )
+    write_table(f"distillation_parts-{device}", rows, {"students": "Trained with", "mean": "Mean", "seeds": "Seeds"})
+    share, temperature = runs["ablation_rest"]["rest_share"], runs["ablation_rest"]["config"]["grace"]["temperature"]
+    (GENERATED / f"distillation_parts-{device}.txt").write_text(
+        f"The teacher leaves {100 * share:.1f} % to the classes beside the answer (the mean over the tokens of the test "
+        f"questions, at T = {temperature:g}).\n"
+    )
+
+
 VARIANTS = {
     "ce-bf16": "CE, BF16",
     "ce-int4-rtn": "CE, INT4 RTN",
@@ -370,6 +396,7 @@ def build(*_: object) -> None:
         grace_step(device)
         inference(device)
         ablation(device)
+        distillation_parts(device)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def test_the_report_has_every_cell_every_comparison_and_the_gates_ground(finishe
     assert (finished / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert results["gate_ground"]["answers"]["count"] == results["questions"]
     assert len(results["gate_ground"]["answers"]["bins"]) == 4
+    assert 0 < results["rest_share"] < 1
 
 
 def test_a_finished_ablation_is_left_alone_and_takes_more_seeds(teacher, finished, capsys):

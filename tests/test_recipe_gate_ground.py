@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import reference
 import torch
 
 from gracekit.losses import entropy_gate
-from gracekit.recipe.gate_ground import gate_ground, token_entropy
+from gracekit.recipe.gate_ground import gate_ground, rest_share, token_entropy
 
 
 def test_entropy_is_the_one_that_the_gate_is_made_of():
@@ -49,6 +50,28 @@ def test_bins_hold_equally_many_by_rising_entropy_and_all_errors_are_in_them():
     assert sum(sizes) == found.count == 103
     assert max(sizes) - min(sizes) <= 1
     assert sum(r * n for r, n in zip(rates, sizes, strict=True)) == pytest.approx(wrong.sum().item())
+
+
+def test_what_is_left_beside_the_answer_is_the_weight_of_its_part_in_a_plain_divergence():
+    student, teacher = 3 * torch.randn(2, 40, 9, dtype=torch.float64)
+    label, temperature = 4, 2.0
+    parts = torch.stack(
+        [torch.stack(reference.dkd_parts(student[row], teacher[row], label, temperature)) for row in range(40)]
+    )
+    whole = torch.nn.functional.kl_div(
+        (student / temperature).log_softmax(1),
+        (teacher / temperature).log_softmax(1),
+        log_target=True,
+        reduction="none",
+    ).sum(1)
+    shares = torch.tensor([rest_share(row[None], torch.tensor([label]), temperature) for row in teacher])
+    torch.testing.assert_close(parts[:, 0] + shares * parts[:, 1], whole, rtol=1e-5, atol=1e-6, check_dtype=False)
+    assert rest_share(teacher, torch.full((40,), label), temperature) == pytest.approx(shares.mean().item())
+
+
+def test_a_certain_teacher_leaves_what_its_logits_say():
+    logits = torch.tensor([[60.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    assert rest_share(logits, torch.tensor([0]), 1.0) == pytest.approx(2 * math.exp(-60), rel=1e-4)
 
 
 def test_the_order_of_the_answers_changes_nothing():

@@ -24,7 +24,7 @@ from gracekit.recipe.config import GraceConfig, RecipeConfig, RunConfig, TrainCo
 from gracekit.recipe.data import encode
 from gracekit.recipe.environment import environment
 from gracekit.recipe.experiment import FULL, Student, teacher_variant, train_student
-from gracekit.recipe.gate_ground import gate_ground, token_entropy
+from gracekit.recipe.gate_ground import gate_ground, rest_share, token_entropy
 from gracekit.recipe.models import teacher_folder
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.runs import Clock, Run, open_folder, open_run
@@ -146,7 +146,7 @@ def run_ablation(config: AblationConfig, folder: Path) -> dict[str, Any]:
             "config": config.as_dict() | {"student": asdict(run.size), "finish_steps": config.train.finish},
             "variants": variants,
             "questions": len(run.test.questions),
-            "gate_ground": teacher_ground(run, config.ablation.bins),
+            **teacher_ground(run, config.ablation.bins, config.grace.temperature),
             "seconds": seconds,
         }
     )
@@ -162,10 +162,11 @@ def _cell(run: Run, student: Student, variant: dict[str, Any], home: Path) -> di
     return variant | {"method": student.name, "end": end, "right": pack(right)}
 
 
-def teacher_ground(run: Run, bins: int) -> dict[str, Any]:
+def teacher_ground(run: Run, bins: int, temperature: float) -> dict[str, Any]:
     """Return how the teacher's entropy and its errors on the test questions go together, by answer and by token.
 
     An answer's entropy is the sum over its tokens, its end included; it is wrong if the likeliest class of one of them is.
+    ``rest_share`` is what the teacher leaves to other classes than the answer's at ``temperature``, in the mean over the tokens.
     """
     assert run.held_out is not None
     answered = encode(
@@ -181,8 +182,11 @@ def teacher_ground(run: Run, bins: int) -> dict[str, Any]:
     by_answer = torch.zeros(len(rows)).index_add(0, answer, entropy)
     answer_wrong = torch.zeros(len(rows)).index_add(0, answer, wrong.float()) > 0
     return {
-        "answers": asdict(gate_ground(by_answer, answer_wrong, bins=min(bins, len(rows)))),
-        "tokens": asdict(gate_ground(entropy, wrong, bins=min(bins, len(rows)))),
+        "gate_ground": {
+            "answers": asdict(gate_ground(by_answer, answer_wrong, bins=min(bins, len(rows)))),
+            "tokens": asdict(gate_ground(entropy, wrong, bins=min(bins, len(rows)))),
+        },
+        "rest_share": rest_share(logits, targets, temperature),
     }
 
 
