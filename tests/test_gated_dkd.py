@@ -354,3 +354,12 @@ def test_bad_labels_and_gates_are_refused():
         shift_labels(TARGET.to(torch.uint8))
     with pytest.raises(TypeError, match="student_logits must have a floating dtype of at least 16 bits"):
         gated_dkd(LOGITS.to(torch.float8_e4m3fn), LOGITS, TARGET)
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 200), (torch.int8, 200), (torch.int16, 40_000)])
+def test_labels_of_a_narrow_dtype_are_the_numbers_they_hold(dtype, classes):
+    student, teacher = normal(0, 4, classes), normal(1, 4, classes)
+    target = torch.tensor([156, 3, 0, 1] if dtype == torch.uint8 else [5, 3, -100, 1])
+    expected = gated_dkd(student, teacher, target)
+    assert torch.equal(gated_dkd(student, teacher, target.to(dtype)), expected)
+    assert torch.equal(entropy_gate(teacher, target.to(dtype)), entropy_gate(teacher, target))

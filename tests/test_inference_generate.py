@@ -1,6 +1,7 @@
 """Our decode loop gives the tokens of transformers' generate, whatever the batch, the end, the settings and the weights' form."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -122,6 +123,13 @@ def test_settings_of_the_model_hold_in_greedy_search_too():
 class OddTokens(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores.index_fill(1, torch.arange(0, scores.shape[1], 2), -torch.inf)
+
+
+def test_a_forced_end_comes_where_theirs_does():
+    model, batch = built("llava"), FAMILIES["llava"].batch(BATCHES["several"])
+    made = generate(model, batch, max_new_tokens=4, generation_config=GenerationConfig(forced_eos_token_id=5))
+    assert torch.equal(made.sequences, theirs(model, batch, max_new_tokens=4, forced_eos_token_id=5))
+    assert made.sequences[:, -1].tolist() == [5, 5, 5]
 
 
 def test_a_processor_of_ones_own_is_applied_last():
@@ -248,6 +256,22 @@ WRONG = {
     "no new token": (BATCH, {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got max_new_tokens=0"),
     "too many tokens": (BATCH, {"max_new_tokens": 250}, "at most the model's 256 positions .* got 262 tokens"),
     "beams": (BATCH, {"generation_config": GenerationConfig(num_beams=3)}, "must have num_beams=1 .* got 3"),
+    "a name that the model does not know": (
+        BATCH | {"pixel_value": BATCH["pixel_values"]},
+        {},
+        r"what the model takes, got pixel_values, pixel_value: .*\['pixel_value'\]",
+    ),
+    "positions": (BATCH | {"position_ids": BATCH["input_ids"]}, {}, "batch must not have position_ids"),
+    "token healing": (
+        BATCH,
+        {"generation_config": GenerationConfig(token_healing=True)},
+        "must have token_healing=False .* got True",
+    ),
+    "forced words": (
+        BATCH,
+        {"generation_config": GenerationConfig(force_words_ids=[[5]])},
+        "must ask for greedy or sampled tokens, got constrained_beam_search",
+    ),
     "a time limit": (BATCH, {"generation_config": GenerationConfig(max_time=1.0)}, "must not set max_time, got 1.0"),
 }
 
@@ -255,7 +279,12 @@ WRONG = {
 @pytest.mark.parametrize(("batch", "options", "said"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_generated_is_said_before_any_work(batch, options, said, monkeypatch):
     model = built("llava")
-    monkeypatch.setattr(model, "forward", None)
+
+    @functools.wraps(model.forward)  # transformers looks at its arguments
+    def forward(*args, **kwargs):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(model, "forward", forward)
     with pytest.raises((ValueError, TypeError), match=said):
         generate(model, batch, **({"max_new_tokens": 2} | options))
 

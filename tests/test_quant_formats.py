@@ -1,3 +1,4 @@
+import contextlib
 import json
 import pathlib
 import tempfile
@@ -244,6 +245,8 @@ def spoil(**changes):
             r"bits=4 must hold the file's codes, -8 to 7, got .* \(0\)",
         ),
         (spoil(**{"5.weight": torch.ones(2, 2), "5.log_scale": torch.zeros(2)}), "none called '5'"),
+        (spoil(**{"0.log_scale": torch.zeros(32).to(torch.float8_e4m3fn)}), "dense and of 16 bits at least"),
+        (spoil(**{"0.weight": torch.zeros(16, 64).to_sparse()}), "dense and of 16 bits at least"),
     ],
 )
 def test_a_file_that_is_no_sidecar_of_this_model_is_refused(tmp_path, change, match):
@@ -262,6 +265,33 @@ def test_a_sidecar_goes_onto_plain_layers_only(tmp_path):
     quantize_rtn(model, LSQConfig(group_size=32), target="reference")
     with pytest.raises(ValueError, match=r"quantised already, got Linear with IntxUnpackedToInt8Tensor \(0\)"):
         import_grace_sidecar(model, tmp_path / "grace.pt")
+
+
+def test_parameters_in_a_sidecar_are_as_good_as_tensors(tmp_path):
+    content = sidecar_of(nn.Sequential(nn.Linear(64, 16)), ["0"], bits=4, group_size=32)
+    torch.save({key: nn.Parameter(value) for key, value in content.items()}, tmp_path / "grace.pt")
+    model = nn.Sequential(nn.Linear(64, 16))
+    assert import_grace_sidecar(model, tmp_path / "grace.pt") == ["0"]
+    torch.testing.assert_close(model[0].weight_fake_quantizer.log_scale.flatten(), content["0.log_scale"].flatten())
+
+
+def test_weights_that_the_model_s_dtype_cannot_hold_are_refused(tmp_path):
+    content = {"0.weight": torch.full((4, 8), 7 * 15000.0), "0.log_scale": torch.full((8,), 15000.0).log()}
+    torch.save(content, tmp_path / "grace.pt")
+    model = nn.Sequential(nn.Linear(8, 4)).half()
+    with pytest.raises(ValueError, match=r"weight must fit the layer's torch.float16, got values up to 105000 \(0\)"):
+        import_grace_sidecar(model, tmp_path / "grace.pt")
+    assert bool(model[0].weight.isfinite().all())
+
+
+@pytest.mark.parametrize("damage", range(0, 1200, 37))
+def test_a_sidecar_with_a_byte_changed_is_read_or_refused(tmp_path, damage):
+    torch.save(sidecar_of(nn.Sequential(nn.Linear(64, 16)), ["0"], bits=4, group_size=32), tmp_path / "grace.pt")
+    content = bytearray((tmp_path / "grace.pt").read_bytes())
+    content[damage] ^= 0xFF
+    (tmp_path / "grace.pt").write_bytes(content)
+    with contextlib.suppress(ValueError):
+        import_grace_sidecar(nn.Sequential(nn.Linear(64, 16)), tmp_path / "grace.pt")
 
 
 @pytest.mark.parametrize("export", EXPORTS)

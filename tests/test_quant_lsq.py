@@ -59,6 +59,16 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", ["weight", "log_scale"])
+def test_it_is_refused_beside_a_frozen_half_and_under_a_linear_loss_too(frozen):
+    parts = dict(zip(("weight", "log_scale"), pair(), strict=True))
+    parts[frozen].requires_grad_(False)
+    (learned,) = (part for name, part in parts.items() if name != frozen)
+    (grad,) = torch.autograd.grad(lsq_fake_quantize(**parts, group_size=8).sum(), learned, create_graph=True)
+    with pytest.raises(RuntimeError, match="lsq_fake_quantize has a closed-form gradient"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_layer_computes_the_same_bits(backend, dtype):

@@ -89,6 +89,23 @@ def test_any_module_saves_and_layers_may_differ(tmp_path):
     assert fresh.load_state_dict(model.state_dict()) == ([], [])
 
 
+def test_a_layer_in_two_places_is_saved_and_taken_up(tmp_path):
+    def shared():
+        model = nn.ModuleDict({"a": nn.Linear(32, 8), "c": nn.Linear(32, 8)})
+        model["b"] = model["a"]
+        return model
+
+    model = shared()
+    prepare_qat(model, LSQConfig(group_size=32))
+    save_qat(model, tmp_path)
+    fresh = shared()
+    load_model(fresh, tmp_path / "model.safetensors")
+    load_qat(fresh, tmp_path)
+    assert fresh["b"] is fresh["a"]
+    assert fresh.load_state_dict(model.state_dict()) == ([], [])
+    assert torch.equal(fresh["b"](torch.ones(1, 32)), model["b"](torch.ones(1, 32)))
+
+
 def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(ValueError, match="model must have a quantised layer"):
         save_qat(Pair(), tmp_path)
@@ -144,7 +161,13 @@ def test_a_folder_without_scales_is_refused(tmp_path):
     (tmp_path / SCALES_FILE).write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="must be a file of learned scales, got SafetensorError"):
         load_qat(Pair(), tmp_path)
-    for note in ({}, {"layers": "{"}, {"layers": json.dumps({"b": {}})}):
+    good = {"bits": 4, "group_size": 32, "scale_dtype": "bfloat16", "weight_dtype": "float32"}
+    bad = [{"b": good}, {"a": good, "b": good}, {"a": {}}, {"a": good | {"scale_dtype": "wide"}}, [1]]
+    for note in ({}, {"layers": "{"}, *({"layers": json.dumps(layers)} for layers in bad)):
         save_file({"a": torch.zeros(1)}, tmp_path / SCALES_FILE, metadata=note)
         with pytest.raises(ValueError, match="must be a file of learned scales"):
+            load_qat(Pair(), tmp_path)
+    for scales, said in ((torch.full((1,), torch.nan), "NaN or infinity"), (torch.zeros(1).half(), "torch.float16")):
+        save_file({"a": scales}, tmp_path / SCALES_FILE, metadata={"layers": json.dumps({"a": good})})
+        with pytest.raises(ValueError, match=rf"must be finite numbers of float32, got {said} \(a in"):
             load_qat(Pair(), tmp_path)

@@ -117,6 +117,28 @@ def test_the_command_answers_from_plain_rounded_trained_and_packed_folders(tmp_p
     assert printed["trained"][:-1] == printed["packed"][:-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("form", ["torchao", "torchao-reference"])
+def test_what_quantize_wrote_of_any_dtype_is_answered_from(tmp_path, picture, form, dtype, capsys):
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    conversation_cases.save_pair(plain, "llava")
+    transformers.LlavaForConditionalGeneration.from_pretrained(plain).to(dtype).save_pretrained(plain)
+    assert main(["quantize", str(plain), "--format", form, "--group-size", "32", "--output", str(packed)]) == 0
+    more = ["--image", str(picture), "--prompt", "What is it?", "--max-new-tokens", "3"]
+    assert main(["generate", str(packed), *more]) == 0
+    assert "Int4OpaqueTensor" in capsys.readouterr().out
+    expected = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    assert load_model(packed, "int4", CPU).dtype == expected
+
+
+def test_scales_trained_in_float16_are_answered_with(tmp_path):
+    conversation_cases.save_pair(tmp_path / "plain", "llava")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "plain")
+    prepare_qat(model, LSQConfig(group_size=32, scale_dtype=torch.float16))
+    save_qat(model, tmp_path / "trained")
+    assert load_model(tmp_path / "trained", "int4", CPU).dtype == torch.float16
+
+
 def test_the_packaged_teacher_answers_questions_about_its_pictures(tmp_path):
     """In INT4, from a folder as a run of the recipe leaves it."""
     model, tokenizer = load_teacher("")

@@ -83,7 +83,7 @@ def test_codes_of_a_float32_run_survive_a_change_of_dtype(run, tmp_path):
     [
         (["quantize", "{folder}", "--group-size", "48"], "group_size must divide in_features"),
         (["quantize", "{folder}", "--bits", "9"], "bits must be at least 2 and at most 8, got bits=9"),
-        (["quantize", "{folder}", "--bits", "3", "--group-size", "32"], "needs bits=4 or bits=8, got bits=3"),
+        (["quantize", "{folder}", "--bits", "3", "--group-size", "32"], "holds weights of 4 or 8 bits, got bits=3"),
         (["quantize", "{tmp}"], "got no config.json in"),
         (["export", "{folder}"], "must hold one model with learned scales, or be its folder, got none in"),
     ],
@@ -94,6 +94,40 @@ def test_what_cannot_be_done_is_said_and_nothing_written(folder, tmp_path, argum
     assert main([*filled, "--format", "torchao", "--output", str(output)]) == 2
     assert match in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "bits"), [("awq", 8), ("compressed-tensors", 3), ("torchao", 5), ("torchao-reference", 9)]
+)
+def test_a_width_that_a_format_cannot_hold_is_refused_before_the_model_is_loaded(
+    folder, form, bits, capsys, monkeypatch
+):
+    monkeypatch.setattr("gracekit.recipe.quantize.load", None)
+    assert main(["quantize", str(folder), "--format", form, "--bits", str(bits)]) == 2
+    assert f"got bits={bits}" in capsys.readouterr().err
+
+
+def test_a_trained_width_is_looked_at_first_too(tmp_path, capsys, monkeypatch):
+    model = tiny_llava(seed=1)
+    prepare_qat(model, LSQConfig(bits=8, group_size=32))
+    save_qat(model, tmp_path / "run")
+    monkeypatch.setattr("gracekit.recipe.quantize.load", None)
+    assert main(["export", str(tmp_path / "run"), "--format", "awq"]) == 2
+    assert "--format awq holds weights of 4 bits, got bits=8" in capsys.readouterr().err
+
+
+def test_the_default_output_is_beside_the_folder_however_it_is_named(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["quantize", ".", "--format", "torchao-reference", "--group-size", "32"]) == 0
+    assert (folder.parent / "model-torchao-reference" / "model.safetensors").is_file()
+    assert not any(path.is_dir() for path in folder.iterdir())
+
+
+def test_a_damaged_checkpoint_is_one_line(folder, capsys):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(["quantize", str(folder), "--format", "torchao", "--group-size", "32"]) == 2
+    assert "gracekit quantize: error:" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_and_a_quantised_model_are_refused(folder, tmp_path, capsys):

@@ -131,7 +131,7 @@ class GraceObjective(nn.Module):
         values = token_values(
             student_logits, teacher_logits, labels, config, with_cross_entropy=True, backend=self.distillation.backend
         )
-        tokens = (labels != config.ignore_index).sum()
+        tokens = (labels.long() != config.ignore_index).sum()
         gates = values.gate_N.sum()
         cross_entropy = values.cross_entropy_N.sum() / divisor("token_count", token_count, tokens)
         gated = (values.gate_N * values.dkd_N).sum() / divisor("gate_sum", gate_sum, gates)
@@ -180,7 +180,7 @@ class GraceObjective(nn.Module):
             (3.0, 2.0)
         """
         config = self.distillation.config
-        supervised = labels != config.ignore_index
+        supervised = labels.long() != config.ignore_index
         if config.gate is None:
             gates = supervised.sum().double()
         else:

@@ -134,15 +134,15 @@ class Generator:
             Sequences, their lengths, and what they took. On CUDA the device's peak memory statistics are reset at the start.
 
         Raises:
-            ValueError: no input_ids, padding on the right, a batch larger or longer than was said, max_new_tokens or sync_every
-                below 1, settings that ask for more than greedy or sampled tokens, a layer with another cache than keys and values
-                of all tokens.
+            ValueError: no input_ids, a tensor that the model does not take, padding on the right, a batch larger or longer than
+                was said, max_new_tokens or sync_every below 1, settings that ask for more than greedy or sampled tokens, a layer
+                with another cache than keys and values of all tokens.
             TypeError: an argument of the wrong type.
         """
         max_new_tokens = check_int("max_new_tokens", max_new_tokens, low=1)
         device = self.model.device
         every = check_int("sync_every", _SYNC_EVERY.get(device.type, 1) if sync_every is None else sync_every, low=1)
-        prompt = check_batch(batch, device)
+        prompt = check_batch(batch, self.model)
         rows, length = prompt.ids.shape
         if rows > self.max_batch:
             raise ValueError(f"batch must have at most max_batch={self.max_batch} rows, got {rows}")

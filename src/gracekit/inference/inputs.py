@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
 
 from gracekit._checks import check_integral, check_rank
 from gracekit._structure import find_decoder, unwrap
@@ -18,8 +19,11 @@ from gracekit._structure import find_decoder, unwrap
 # An additive mask is what these two take; others want lengths or blocks.
 ATTENTION = ("sdpa", "eager")
 # What transformers' generate would do besides choosing one token after the other.
-_OTHER_MODES = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0}
+_OTHER_MODES = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "token_healing": False}
 _UNREAD = ("stop_strings", "max_time", "prompt_lookup_num_tokens", "penalty_alpha", "prefill_chunk_size")
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+# What is made here, from the ids and their mask.
+_OWN = ("position_ids", "cache_position", "past_key_values", "use_cache", "inputs_embeds")
 
 
 class Prompt(NamedTuple):
@@ -72,11 +76,19 @@ def check_model(model: nn.Module, max_length: int) -> None:
         raise ValueError(f"attn_implementation must be one of {', '.join(ATTENTION)}, got {attention!r}")
 
 
-def check_batch(batch: Mapping[str, Any], device: torch.device) -> Prompt:
-    """Return the parts of a batch; raise unless its rows are padded on the left and it is on ``device``."""
+def check_batch(batch: Mapping[str, Any], model: Any) -> Prompt:
+    """Return the parts of a batch; raise unless its rows are padded on the left, and it is the model's in content and device."""
+    device = model.device
     if "input_ids" not in batch:
         raise ValueError(f"batch must have input_ids, got {', '.join(batch) or 'nothing'}")
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask", "labels")}
+    for name in _OWN:
+        if name in rest:
+            raise ValueError(f"batch must not have {name}, which follows from input_ids and attention_mask")
+    try:
+        model._validate_model_kwargs(dict(rest))
+    except ValueError as error:
+        raise ValueError(f"batch must hold what the model takes, got {', '.join(rest)}: {error}") from error
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     check_integral("input_ids", ids)
     check_rank("input_ids", ids, (2,), "(samples, tokens)")
@@ -122,6 +134,9 @@ def resolve_choice(
     for name in _UNREAD:
         if (found := getattr(resolved, name, None)) is not None:
             raise ValueError(f"generation_config must not set {name}, got {found!r}")
+    if (mode := resolved.get_generation_mode()) not in _MODES:
+        raise ValueError(f"generation_config must ask for greedy or sampled tokens, got {mode.value}")
+    resolved.max_length = prompt.ids.shape[1] + max_new_tokens  # a forced end asks for it
     device = prompt.ids.device
     model._prepare_special_tokens(resolved, True, device=device)
     chosen = model._get_logits_processor(

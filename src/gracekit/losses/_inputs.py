@@ -90,10 +90,10 @@ def compared_classes(*, vocab_size: int | None, **logits: Tensor) -> int:
 
 def supervised_targets(labels: Tensor, ignore_index: int, classes: int) -> tuple[Tensor, Tensor]:
     """Return flat (keep, target): which tokens are supervised, and a valid class for every token; labels are checked."""
-    labels_N = labels.reshape(-1)
+    labels_N = labels.reshape(-1).long()  # in a narrow dtype ignore_index would be another number
     keep_N = labels_N != ignore_index
     check_labels(keep_N, labels_N, classes)
-    return keep_N, torch.where(keep_N, labels_N, 0).long()
+    return keep_N, torch.where(keep_N, labels_N, 0)
 
 
 def check_labels(keep_N: Tensor, labels_N: Tensor, classes: int) -> None:

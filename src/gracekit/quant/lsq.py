@@ -79,6 +79,8 @@ def lsq_fake_quantize(
             f"log_scale must be float32 (keep it out of model.to(dtype) and of mixed precision policies), got {log_scale.dtype}"
         )
     outputs, inputs = weight.shape
+    if not inputs:
+        raise ValueError(f"weight must have inputs, got shape {tuple(weight.shape)}")
     if inputs % group_size:
         raise ValueError(f"group_size must divide in_features, got group_size={group_size} and in_features={inputs}")
     if tuple(log_scale.shape) != (outputs, inputs // group_size):
@@ -212,7 +214,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad_weight, grad_scale = _backend(weight).backward(
                 grad, weight, log_scale, ctx.bits, ctx.scale_dtype, needs_weight=needs_weight, needs_scale=needs_scale
             )
-        source = weight if needs_weight else grad
+        source = weight if needs_weight else log_scale
         return (
             differentiable_once("lsq_fake_quantize", grad_weight, source) if needs_weight else None,
             differentiable_once("lsq_fake_quantize", grad_scale, source) if needs_scale else None,

@@ -45,7 +45,8 @@ class LSQConfig(AOBaseConfig):  # type: ignore[misc]
     """How linear layers are quantised: width of the codes, size of the groups, dtype of the scales.
 
     A torchao configuration: ``torchao.quantization.quantize_(model, LSQConfig(), filter_fn)`` prepares the selected layers
-    just as :func:`prepare_qat` does (but can name no layer in its errors).
+    just as :func:`prepare_qat` does, but sees a layer at a time: it can name none in its errors, and a weight that an embedding
+    shares is noticed by :func:`convert` only.
 
     Args:
         bits: width of a code, 2 to 8. Kernels exist for 4; every width trains and converts to "reference".

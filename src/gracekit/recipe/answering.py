@@ -11,7 +11,9 @@ import torch
 from transformers import GenerationConfig
 
 from gracekit.quant import LSQConfig, convert, load_qat, quantize_rtn
+from gracekit.quant.deploy import quantized_layers
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
+from gracekit.quant.int4 import read_scale
 from gracekit.recipe.batches import ConversationCollator
 from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.quantize import class_of, load
@@ -20,6 +22,7 @@ from gracekit.recipe.questions import Asked
 PRECISIONS = ("bf16", "fp32", "fake", "int4-rtn", "int4", "int8")
 ENGINES = ("transformers", "gracekit")
 _PLAIN = ("bf16", "fp32", "int4-rtn")
+_ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 _WINDOW = 16  # batches encoded at a time, and sorted by length
 
 
@@ -86,7 +89,7 @@ def load_model(folder: Path, precision: str, device: torch.device, *, group_size
     model: Any
     if precision not in (*_PLAIN, "fake") and not (folder / SCALES_FILE).is_file():
         model = class_of(folder)[0].from_pretrained(folder, dtype="auto").eval().to(device)
-        return convert(model, dtype=torch.bfloat16).to(torch.bfloat16)
+        return _deployed(model)
     model = load(folder)
     if precision in _PLAIN:
         model.to(device, torch.float32 if precision == "fp32" else torch.bfloat16)
@@ -94,7 +97,18 @@ def load_model(folder: Path, precision: str, device: torch.device, *, group_size
     load_qat(model, folder)
     model.to(device)
     # Codes come from the trained weights; everything else is cast afterwards.
-    return model if precision == "fake" else convert(model, dtype=torch.bfloat16).to(torch.bfloat16)
+    return model if precision == "fake" else _deployed(model)
+
+
+def _deployed(model: Any) -> Any:
+    """Convert for the device's kernel, in bfloat16 or, where that does not hold the scales, in the next dtype that does."""
+    scales = [read_scale(layer) for layer in quantized_layers(model).values()]
+    exact = (d for d in _ACTIVATIONS if all(bool((scale.to(d).double() == scale.double()).all()) for scale in scales))
+    dtype = next(exact, torch.float32)
+    target = "auto"
+    if dtype != torch.bfloat16 and scales[0].is_cuda:  # torchao's kernel there has bfloat16 alone
+        target = "triton" if dtype == torch.float16 else "reference"
+    return convert(model, target, dtype=dtype).to(dtype)
 
 
 @torch.inference_mode()

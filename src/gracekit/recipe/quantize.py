@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from gracekit.quant import (
     LSQConfig,
@@ -25,12 +26,18 @@ from gracekit.quant import (
     load_qat,
     quantize_rtn,
 )
-from gracekit.quant.formats.trained import SCALES_FILE
+from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import is_quantized
 from gracekit.recipe.progress import quiet, say
 
 EXPORTS = {"compressed-tensors": export_compressed_tensors, "awq": export_awq}
-FORMATS = ("torchao", "torchao-reference", *EXPORTS)
+# Formats, and the widths in bits that each can hold.
+FORMATS = {
+    "torchao": (4, 8),
+    "torchao-reference": tuple(range(2, 9)),
+    "compressed-tensors": (2, 4, 8),
+    "awq": (4,),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The weights are written anew, and what describes them with them.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
@@ -123,6 +130,14 @@ def check_empty(output: Path) -> None:
         raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
 
 
+def check_width(form: str, bits: int) -> None:
+    """Raise unless a format can hold weights of that many bits."""
+    if bits not in FORMATS[form]:
+        raise ValueError(
+            f"--format {form} holds weights of {' or '.join(map(str, FORMATS[form]))} bits, got bits={bits}"
+        )
+
+
 def quantize(arguments: Sequence[str] | None = None) -> int:
     """Round a saved model's decoder to nearest and write it for an engine."""
     parser = _parser("quantize", "MODEL_DIR", "folder that save_pretrained wrote", quantize.__doc__)
@@ -132,6 +147,8 @@ def quantize(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def act() -> Any:
+        LSQConfig(bits=given.bits, group_size=given.group_size)
+        check_width(given.format, given.bits)
         model = load(given.folder)
         dtype = DTYPES.get(given.dtype, model.dtype)
         # What kernels of the format hold exactly: float16 scales for AWQ and for float16 models.
@@ -151,6 +168,8 @@ def export(arguments: Sequence[str] | None = None) -> int:
 
     def act() -> Any:
         given.folder = trained_folder(given.folder)
+        for bits in learned_widths(given.folder):
+            check_width(given.format, bits)
         model = load(given.folder)
         load_qat(model, given.folder)
         return model
@@ -164,7 +183,7 @@ def _parser(name: str, metavar: str, folder: str, description: str | None) -> ar
     parser.add_argument(
         "--format",
         required=True,
-        choices=FORMATS,
+        choices=list(FORMATS),
         help="torchao: packed, for torchao's kernels and gracekit.quant.convert; torchao-reference: a byte a weight, "
         "computes wherever transformers does; compressed-tensors: vLLM and transformers; awq: engines with AWQ's GEMM layout",
     )
@@ -175,11 +194,12 @@ def _parser(name: str, metavar: str, folder: str, description: str | None) -> ar
 
 def _run(name: str, given: argparse.Namespace, act: Any) -> int:
     quiet()
-    output = given.output or given.folder.with_name(f"{given.folder.resolve().name}-{given.format}")
+    whole = given.folder.resolve()
+    output = given.output or whole.parent / f"{whole.name}-{given.format}"
     try:
         check_empty(output)
         write(act(), given.folder, output, given.format, DTYPES.get(given.dtype))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:  # the last two: of files that are damaged
         print(f"gracekit {name}: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -8,7 +8,6 @@ not in the file, and the authors' scales are not rounded: W_q equals the file's 
 from __future__ import annotations
 
 import os
-import pickle
 from collections import defaultdict
 from typing import Any
 
@@ -83,7 +82,9 @@ def import_grace_sidecar(model: nn.Module, path: str | os.PathLike[str], *, bits
 def _read(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:  # what torch.load makes of other files
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file torch.load makes nearly any
         raise ValueError(
             f"path must be a torch file of tensors alone (it is read with weights_only=True), got {path}"
         ) from error
@@ -96,7 +97,9 @@ def _read(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
             raise ValueError(
                 f"a sidecar holds NAME.weight, NAME.log_scale and NAME.bias as floating tensors, got {key!r}"
             )
-        layers[name][part] = value
+        if value.layout != torch.strided or value.dtype.itemsize < 2:
+            raise ValueError(f"a sidecar's tensors must be dense and of 16 bits at least, got {value.dtype} ({key})")
+        layers[name][part] = value.detach()
     for name, parts in layers.items():
         if not parts.keys() >= _REQUIRED:
             raise ValueError(
@@ -143,5 +146,7 @@ def _keep_codes(name: str, layer: nn.Linear, weight: Tensor, log_scale: Tensor, 
         )
     scale = deployed_scale(log_scale, config.scale_dtype)
     taken = wide.to(layer.weight.dtype)
+    if not bool(taken.isfinite().all()):
+        raise ValueError(f"weight must fit the layer's {taken.dtype}, got values up to {wide.abs().max():g} ({name})")
     changed = float_codes(taken, scale, config.bits) != codes
     return torch.where(changed, times_scale(codes, scale, taken.dtype), taken)

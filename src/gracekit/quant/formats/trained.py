@@ -63,7 +63,11 @@ def save_qat(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fakes: dict[str, LSQFakeQuantizer] = {name: layer.weight_fake_quantizer for name, layer in layers.items()}  # type: ignore[misc]
     scales = {name: fake.log_scale.detach().cpu().contiguous() for name, fake in fakes.items()}
-    inner = {f"{name}.weight_fake_quantizer.log_scale" for name in layers}
+    inner = {
+        f"{name}.weight_fake_quantizer.log_scale"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, FakeQuantizedLinear)
+    }
     state = {key: value for key, value in model.state_dict().items() if key not in inner}
     write: Any = getattr(model, "save_pretrained", None)
     if write is not None:
@@ -118,9 +122,7 @@ def load_qat(model: nn.Module, directory: str | os.PathLike[str]) -> list[str]:
                 f"a weight must have the dtype it was trained in, torch.{note['weight_dtype']} "
                 f"(from_pretrained(..., dtype='auto') keeps it), got {layer.weight.dtype} ({name})"
             )
-        config = LSQConfig(
-            bits=note["bits"], group_size=note["group_size"], scale_dtype=getattr(torch, note["scale_dtype"])
-        )
+        config = _config(note)
         check_layer(layer, config, name)
         shape = (layer.out_features, layer.in_features // config.group_size)
         if tuple(log_scale.shape) != shape:
@@ -155,7 +157,20 @@ def _read(path: Path) -> dict[str, tuple[dict[str, Any], Tensor]]:
         raise FileNotFoundError(f"directory must be a folder of save_qat, got no {path.name} in {path.parent}")
     try:
         with safe_open(path, "pt") as file:
-            notes = json.loads((file.metadata() or {})[_NOTE])
-            return {name: (notes[name], file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            notes: dict[str, dict[str, Any]] = json.loads((file.metadata() or {})[_NOTE])
+            if set(notes) != set(file.keys()):
+                raise KeyError(*sorted(set(notes) ^ set(file.keys())))
+            found = {name: (notes[name], file.get_tensor(name)) for name in notes}
+            for note, _ in found.values():
+                _config(note)
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must be a file of learned scales, got {error!r}") from error
+    for name, (_, log_scale) in found.items():
+        if log_scale.dtype not in (torch.float32, torch.float64) or not bool(log_scale.isfinite().all()):
+            kind = "NaN or infinity" if log_scale.dtype.itemsize >= 4 else log_scale.dtype
+            raise ValueError(f"log_scale must be finite numbers of float32, got {kind} ({name} in {path})")
+    return found
+
+
+def _config(note: dict[str, Any]) -> LSQConfig:
+    return LSQConfig(bits=note["bits"], group_size=note["group_size"], scale_dtype=getattr(torch, note["scale_dtype"]))
