@@ -48,6 +48,13 @@ def test_case_articles_and_punctuation_around_words_change_no_answer(words, seed
     assert exact_match(pick.choice(["", "'", "("]) + dressed + pick.choice(["", ".", "!", "?", ")"]), [" ".join(words)])
 
 
+def test_an_answer_that_normalising_leaves_nothing_of_is_compared_as_it_is():
+    for answer, truth in (("", "A"), ("the", "A"), ("-", "+"), (">", "<"), ("an", "a")):
+        assert exact_match(answer, [truth]) == 0.0
+    for answer, truth in (("A", "A"), ("a.", "A"), ("(A)", "a"), ("+", "+"), (" - ", "-")):
+        assert exact_match(answer, [truth]) == 1.0
+
+
 def test_exact_match_takes_any_of_the_truths_and_no_part_of_one():
     assert exact_match("Two", ["1", "2"]) == 1.0
     assert exact_match("red", ["dark red"]) == 0.0

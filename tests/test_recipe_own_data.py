@@ -21,7 +21,8 @@ from gracekit.recipe.data import (
     prefix_text,
     question_text,
 )
-from gracekit.recipe.models import load_teacher, teacher_outputs
+from gracekit.recipe.evaluate import generate_answers
+from gracekit.recipe.models import ModelSize, build_model, load_teacher, teacher_outputs
 from gracekit.recipe.own_data import describe, load_splits
 from gracekit.recipe.processors import load_processor
 
@@ -155,6 +156,20 @@ def test_a_run_learns_and_answers_with_several_pictures_and_with_none(tmp_path):
         words = " ".join(record.turns[0].text.replace("<image>", " ").split())
         expected = prefix_text(4, len(record.images)) + question_text(words)
         assert asked["input_ids"].tolist() == encode(processor.tokenizer, [expected])[0]
+
+
+def test_questions_without_pictures_may_fill_a_batch(tmp_path):
+    for name in ("train.json", "test.json"):
+        write_llava(tmp_path / "data", 10, name=name)
+    train, test = load_splits(RunConfig(data=str(tmp_path / "data"), image_size=16))
+    tokenizer = build_tokenizer(text for q in train.questions for text in (q.text, q.answer))
+    size = ModelSize(width=32, image_size=16, patch_size=8)
+    model = build_model(size, tokenizer, seed=0).eval()
+    assert any(not test.shown[question.image] for question in test.questions)
+    one, many = (
+        generate_answers(model, test, tokenizer, image_tokens=size.image_tokens, batch_size=count) for count in (1, 256)
+    )
+    assert one == many
 
 
 def test_unknown_words_of_the_test_set_are_counted(tmp_path):

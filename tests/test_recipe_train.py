@@ -21,7 +21,7 @@ from gracekit.quant import load_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.callbacks import latest_checkpoint
 from gracekit.recipe.cli import main
-from gracekit.recipe.pairs import Pair, check_memory, memory_needed
+from gracekit.recipe.pairs import Pair, check_memory, memory_needed, scales_folder
 
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
 
@@ -177,6 +177,67 @@ def test_a_run_takes_up_what_another_has_learned(home, tmp_path, capsys):
     ):
         assert main(arguments(home, tmp_path / "wrong", "--student", first / "model", *wrong)) == 2
         assert message in capsys.readouterr().err  # a folder that holds nothing yet takes other settings
+
+
+def test_learned_scales_are_found_by_a_hub_name_too(home, tmp_path, monkeypatch):
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    asked = []
+
+    def cached_file(name, file, **options):
+        asked.append((name, file))
+        return str(folder / file) if (folder / file).is_file() else None
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    assert scales_folder("me/qat") is None
+    (folder / SCALES_FILE).touch()
+    assert scales_folder("me/qat") == folder
+    assert asked == [("me/qat", SCALES_FILE)] * 2
+    assert scales_folder(str(home / "llava-student")) is None
+
+
+def test_a_teacher_with_learned_scales_is_refused(home, tmp_path, capsys):
+    assert main(arguments(home, tmp_path / "first")) == 0
+    message = refused(home, tmp_path, capsys, "--teacher", tmp_path / "first" / "model")
+    assert "teacher must be a model in plain weights, got learned scales" in message
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_a_run_that_diverges_stops_at_once(home, tmp_path, capsys, precision):
+    wild = [
+        "--learning_rate",
+        "1e30",
+        "--max_grad_norm",
+        "0",
+        "--losses",
+        "ce",
+        "--precision",
+        precision,
+        "--max_steps",
+        "40",
+    ]
+    assert main(arguments(home, tmp_path / "run", *wild)) == 2
+    assert "the cross-entropy must stay finite, got nan up to step" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--save_only_model", "true"), "save_only_model must be left at False"),
+        (("--save_total_limit", "1"), "save_total_limit must be at least 2"),
+    ],
+)
+def test_what_a_killed_run_could_not_go_on_from_is_refused(home, tmp_path, capsys, option, message):
+    assert message in refused(home, tmp_path, capsys, *option)
+
+
+def test_an_optimiser_whose_package_is_missing_is_one_line(home, tmp_path, capsys, monkeypatch):
+    def missing(*args, **options):
+        raise ImportError("needs bitsandbytes")
+
+    monkeypatch.setattr("gracekit.recipe.trainer.GraceTrainer.get_optimizer_cls_and_kwargs", missing)
+    assert "error: needs bitsandbytes" in refused(home, tmp_path, capsys)
 
 
 def test_a_finished_run_stays_and_other_settings_are_refused(home, tmp_path, capsys):

@@ -187,6 +187,18 @@ def test_a_resumed_stage_ends_bit_for_bit_where_an_uninterrupted_one_does(tokeni
     assert [(e["step"], e["ce"]) for e in found_log] == [(e["step"], e["ce"]) for e in log]
 
 
+def test_a_checkpoint_of_another_folder_brings_its_own_controller(tokenizer, data, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4}
+    whole = trainer(tokenizer, data, tmp_path / "a", **options)
+    whole.train()
+    other = trainer(tokenizer, data, tmp_path / "b", **options)
+    other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for name, value in whole.objective.controller.state_dict().items():
+        assert torch.equal(other.objective.controller.state_dict()[name], value), name
+    for (name, value), found in zip(whole.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(found, value), name
+
+
 def test_a_checkpoint_that_was_cut_short_does_not_count(tokenizer, data, tmp_path):
     for step, whole in ((2, True), (10, True), (12, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -43,8 +44,8 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
         controller = self.trainer.objective.controller
         self.saturated = int(controller.saturated_steps)
         if state.global_step:
-            saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CONTROLLER_FILE
-            load_controller(controller, saved, self.calibration)
+            folder = self.trainer.resumed_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            load_controller(controller, folder / CONTROLLER_FILE, self.calibration)
         self.trainer.meters.begin(int(controller.saturated_steps))
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -69,6 +70,11 @@ class ControllerCallback(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Warn once when a step had no finite L_GDKD, the multiplier rests on a bound, or the relational part is drowned."""
         logs = logs or {}
+        if not math.isfinite(logs.get("ce", 0.0)):
+            raise ValueError(
+                f"the cross-entropy must stay finite, got {logs['ce']} up to step {state.global_step}: training has diverged "
+                f"(learning_rate={args.learning_rate:g})"
+            )
         if logs.get("skipped"):
             self._warn(
                 "skipped",

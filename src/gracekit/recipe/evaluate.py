@@ -51,11 +51,11 @@ def generate_answers(
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[index] for index in chosen]}, return_tensors="pt")
         images = [image for index in chosen for image in shown[split.questions[index].image]]
-        pixels = split.pixels(images).to(parameter.device, parameter.dtype) if images else None
+        pixels = {"pixel_values": split.pixels(images).to(parameter.device, parameter.dtype)} if images else {}
         generated = model.generate(
             input_ids=batch["input_ids"].to(parameter.device),
             attention_mask=batch["attention_mask"].to(parameter.device),
-            pixel_values=pixels,
+            **pixels,
             generation_config=settings,
         )
         texts = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

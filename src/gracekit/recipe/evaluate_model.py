@@ -152,7 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     parser = argparse.ArgumentParser(prog="gracekit evaluate", description=main.__doc__)
     parser.add_argument(
-        "folder", metavar="MODEL_DIR", type=Path, help="of save_pretrained, save_qat, or gracekit quantize or export in torchao's formats"
+        "folder",
+        metavar="MODEL_DIR",
+        type=Path,
+        help="of save_pretrained, save_qat, or gracekit quantize or export in torchao's formats",
     )
     parser.add_argument(
         "--data", required=True, type=Path, help="conversations: JSON, JSONL, or a folder that `datasets` saved"

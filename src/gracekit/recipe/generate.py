@@ -109,7 +109,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet()
     parser = argparse.ArgumentParser(prog="gracekit generate", description=main.__doc__)
     parser.add_argument(
-        "folder", metavar="MODEL_DIR", type=Path, help="of save_pretrained, save_qat, or gracekit quantize or export in torchao's formats"
+        "folder",
+        metavar="MODEL_DIR",
+        type=Path,
+        help="of save_pretrained, save_qat, or gracekit quantize or export in torchao's formats",
     )
     parser.add_argument("--prompt", required=True, help="what to ask; <image> in it says where a picture stands")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; may be given several times")

@@ -59,7 +59,12 @@ def exact_match(answer: str, truths: Sequence[str]) -> float:
     """
     if not truths:
         raise ValueError("truths must hold at least one answer, got none")
-    return float(normalise(answer) in map(normalise, truths))
+    return float(_compared(answer) in map(_compared, truths))
+
+
+def _compared(text: str) -> str:
+    """Normalised, but for what nothing would be left of: articles ("A", an option) and signs."""
+    return normalise(text) or text.lower().strip(" .,:;!?()[]\"'") or text.strip()
 
 
 def vqa_score(answer: str, truths: Sequence[str]) -> float:

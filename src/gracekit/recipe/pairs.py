@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gracekit._structure import find_output_head
+from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.conversations import Record, open_images
 from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.train_config import TrainConfig
@@ -66,6 +68,18 @@ def load_pair(config: TrainConfig, *, teacher_weights: bool = True) -> Pair:
     )
 
 
+def scales_folder(name: str) -> Path | None:
+    """Return the folder of a model's learned scales, by its directory or hub name; None for a model without them."""
+    from transformers.utils import cached_file
+
+    if Path(name).is_dir():
+        return Path(name) if (Path(name) / SCALES_FILE).is_file() else None
+    found = cached_file(
+        name, SCALES_FILE, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return None if found is None else Path(found).parent
+
+
 def load_student(config: TrainConfig, dtype: torch.dtype) -> Any:
     """Load the student alone, in a dtype."""
     return _load("student", config.pair.student, dtype)
@@ -80,6 +94,10 @@ def _load(side: str, name: str, dtype: torch.dtype, *, weights: bool = True) -> 
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
         raise ValueError(
             f"{side} must be a model in plain weights, got a quantization_config ({getattr(method, 'value', method)}) in {name!r}"
+        )
+    if side == "teacher" and scales_folder(name) is not None:
+        raise ValueError(
+            f"teacher must be a model in plain weights, got learned scales, without which it is another model, in {name!r}"
         )
     if not weights:
         with torch.device("meta"):

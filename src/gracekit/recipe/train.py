@@ -28,7 +28,7 @@ from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
 from gracekit.recipe.conversations import Conversations, find_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
-from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, load_student, memory_needed
+from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, load_student, memory_needed, scales_folder
 from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.run_folder import DONE, open_run
@@ -161,13 +161,12 @@ def prepare_student(config: TrainConfig, student: nn.Module) -> None:
     Raises:
         ValueError: its folder has scales of another format, or the run is to train none.
     """
-    quantiser, folder = config.pair.quantiser(), Path(config.pair.student)
-    learned = (folder / SCALES_FILE).is_file()
-    if learned and quantiser is None:
+    quantiser, folder = config.pair.quantiser(), scales_folder(config.pair.student)
+    if folder is not None and quantiser is None:
         raise ValueError(f"precision must be int4 or int8 for a student with learned scales, got 'bf16' for {folder}")
     if quantiser is None:
         return
-    if not learned:
+    if folder is None:
         prepare_qat(student, quantiser)
         return
     load_qat(student, folder)
@@ -202,6 +201,9 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
         if quantiser is not None:
             prepare_qat(model, quantiser)
         model.load_state_dict(state)
+    broken = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise ValueError(f"the trained weights must be finite, got NaN or infinity in {len(broken)} ({broken[0]}, ...)")
     output = folder / _MODEL
     shutil.rmtree(output, ignore_errors=True)  # of an interrupted writing
     if quantiser is not None:
@@ -230,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(list(sys.argv[1:] if arguments is None else arguments))
         train(config)
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError, ImportError) as error:  # the last: an optimiser's package
         print(f"gracekit train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,8 +9,10 @@ micro-batches during that count; they and its answers wait on the CPU for their 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +97,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
             )
         # Before transformers 5.23 this is what keeps it from dividing by the number of micro-batches.
         self.model_accepts_loss_kwargs = True
+        self.resumed_from: Path | None = None
         self.losses, self.objective = losses, objective.to(self.args.device)
         self.teacher, self.teacher_head, self.calibration = teacher, teacher_head, calibration
         self.from_hidden = from_hidden
@@ -108,6 +111,12 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(ControllerCallback(self, relational_warmup=relational_warmup, calibration=calibration))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint: its folder, wherever it is, or True for the last one of ``output_dir``."""
+        named = isinstance(resume_from_checkpoint, str | os.PathLike)
+        self.resumed_from = Path(resume_from_checkpoint) if named else None  # type: ignore[arg-type]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def tau_is_known(self) -> bool:
         """Whether the controller has its target; not so while it is still looked for."""

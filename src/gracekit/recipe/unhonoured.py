@@ -14,6 +14,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "do_eval": (False, _EVALUATES),
     "do_predict": (False, _EVALUATES),
     "eval_on_start": (False, _EVALUATES),
+    "save_only_model": (False, "what is killed could not go on"),
     "remove_unused_columns": (False, "the columns of a batch are what the model takes"),
 }
 
@@ -32,6 +33,9 @@ def check_honoured(arguments: Any) -> None:
         value = getattr(value, "value", value)  # of an enumeration
         if value != neutral:
             raise ValueError(f"{name} must be left at {neutral!r} ({why}), got {name}={value!r}")
+    if (kept := getattr(arguments, "save_total_limit", None)) is not None and kept < 2:
+        # The old checkpoint goes before the new one is whole.
+        raise ValueError(f"save_total_limit must be at least 2, or what is killed could lose all, got {kept}")
 
 
 def check_reports(names: Any) -> None:
