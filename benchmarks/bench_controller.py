@@ -15,7 +15,7 @@ SETTINGS = {
     "paper": ["--tau", "0.35", "--beta_initial", "1.0", "--ema_decay", "0.99", "--omega", "1.0"],
     "released": ["--tau", "3.0", "--eta", "0.003", "--beta_max", "1.0", "--ema_decay", "0.99"],
     "recipe": [],
-    "auto": ["--tau", "auto", "--beta_initial", "1.0"],
+    "auto": ["--tau", "auto"],
 }
 KEPT = ("step", "gdkd", "beta", "ema", "tau", "saturated_share")
 

@@ -35,8 +35,8 @@ def test_too_few_finite_steps_are_refused_with_their_number():
         found([math.nan, 4, math.inf])
 
 
-def test_without_a_number_it_looks_at_two_fifths_of_the_training():
-    for steps, expected in ((1000, 400), (10, 4), (3, 2)):
+def test_without_a_number_it_looks_at_most_of_the_training():
+    for steps, expected in ((1000, 700), (10, 7), (3, 2)):
         calibration = TauCalibration()
         calibration.begin(steps)
         assert calibration.steps == expected

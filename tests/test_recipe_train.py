@@ -327,10 +327,23 @@ def test_too_little_memory_is_said_with_figures():
 def test_a_teacher_that_is_not_online_still_needs_room_for_its_head():
     pair = Pair(student=tiny_llava(), teacher=tiny_llava(width=48), processor=None, teacher_processor=None)
     for mode, name, size in (("precomputed", "teacher's output head", 4 * 128 * 48), ("online", "teacher", None)):
-        config = SimpleNamespace(training=SimpleNamespace(fsdp=False), pair=SimpleNamespace(teacher_mode=mode))
+        training = SimpleNamespace(fsdp=False, optim="adamw_torch")
+        config = SimpleNamespace(training=training, pair=SimpleNamespace(teacher_mode=mode))
         needed = memory_needed(pair, config, ranks=1)
         assert len(needed) == 4
         assert needed[name] == (size or sum(4 * p.numel() for p in pair.teacher.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("optim", "bytes_a_weight"),
+    [("adamw_torch", 8), ("adamw_8bit", 2), ("paged_lion_8bit", 1), ("adafactor", 0), ("sgd", 0), ("some_other", 0)],
+)
+def test_the_memory_of_the_optimiser_is_that_of_the_one_asked_for(optim, bytes_a_weight):
+    pair = Pair(student=tiny_llava(), teacher=None, processor=None, teacher_processor=None)
+    training = SimpleNamespace(fsdp=False, optim=optim)
+    needed = memory_needed(pair, SimpleNamespace(training=training, pair=None), ranks=1)
+    weights = sum(parameter.numel() for parameter in pair.student.parameters())
+    assert needed["the optimiser's moments"] == bytes_a_weight * weights
 
 
 # Dies before the last file of its second checkpoint is written, without a chance to clean up.

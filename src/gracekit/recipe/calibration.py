@@ -8,7 +8,7 @@ from torch import Tensor
 from gracekit._checks import check_int, check_real
 from gracekit._distributed import all_sum
 
-SHARE = 0.4
+SHARE = 0.7
 _FINITE = 0.5  # of the steps, at least; a training that loses more has nothing to hold
 
 
@@ -18,11 +18,12 @@ class TauCalibration:
     L_GDKD falls by an order of magnitude in training, and where it ends depends on data, vocabulary and teacher. A fixed tau is
     then either never reached or never missed, and beta sits on a bound. The low end of what the first part of a training
     reached is a level that this student can reach. Until it is known beta stays where it starts; while L_GDKD still falls
-    steeply no level is worth holding, so this takes the first 40 % of the training unless told otherwise. Where L_GDKD goes on
-    falling, the target is met from the start, and beta falls towards its floor.
+    steeply no level is worth holding, and a target of the early steps is met ever after and takes beta to its floor. So this takes
+    the first 70 % of the training unless told otherwise. Where L_GDKD goes on falling, the target is met from the start, and beta
+    falls.
 
     Args:
-        steps: optimiser steps to look at, at least 2; 0: 40 % of the training.
+        steps: optimiser steps to look at, at least 2; 0: 70 % of the training.
         quantile: of their L_GDKD, in [0, 1].
 
     Raises:

@@ -21,6 +21,8 @@ from gracekit.vlm.families import placeholder_id, require_image_token_id
 
 _SAMPLES = 4  # records whose tokens both sides are compared on
 _SHOWN = 3
+# Numbers that an optimiser keeps for each weight, by what transformers' name for it begins with. Of others none are counted.
+_MOMENTS = {"adam": 2, "ademamix": 3, "adagrad": 1, "lion": 1, "rmsprop": 1}
 
 
 @dataclass(kw_only=True)
@@ -206,19 +208,28 @@ def _head(model: nn.Module) -> Any:
 def memory_needed(pair: Pair, config: TrainConfig, *, ranks: int) -> dict[str, float]:
     """Return the bytes that do not depend on the batch, by what holds them, for one process.
 
-    Weights, their gradients and Adam's two moments; FSDP's sharding divides these by the number of ranks. A teacher that is not
-    online leaves its output head. Activations come on top, and one micro-batch with its teacher's answer: the others of an
-    optimiser step wait on the CPU.
+    Weights, their gradients and the optimiser's moments; FSDP's sharding divides these by the number of ranks, and DeepSpeed's is
+    not counted on. A teacher that is not online leaves its output head. Activations come on top, and one micro-batch with its
+    teacher's answer: the others of an optimiser step wait on the CPU.
     """
-    size = sum(p.numel() * p.element_size() for p in pair.student.parameters())
+    size = bytes_of(pair.student)
     shared = ranks if config.training.fsdp else 1
-    needed = {"student": size / shared, "its gradients": size / shared, "Adam's moments": 2 * size / shared}
+    needed = {"student": size / shared, "its gradients": size / shared}
+    optim = str(getattr(config.training.optim, "value", config.training.optim)).removeprefix("paged_")
+    moments = next((count for name, count in _MOMENTS.items() if optim.startswith(name)), 0)
+    each = sum(p.numel() for p in pair.student.parameters()) if "8bit" in optim else size
+    needed["the optimiser's moments"] = moments * each / shared
     if pair.teacher is not None and config.pair.teacher_mode == "online":
-        needed["teacher"] = float(sum(p.numel() * p.element_size() for p in pair.teacher.parameters()))
+        needed["teacher"] = bytes_of(pair.teacher)
     elif pair.teacher is not None:
         head = _head(pair.teacher).weight
         needed["teacher's output head"] = float(head.numel() * head.element_size())
     return needed
+
+
+def bytes_of(model: nn.Module) -> float:
+    """Return the bytes of a model's weights."""
+    return float(sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 def check_memory(needed: dict[str, float], device: torch.device) -> list[str]:

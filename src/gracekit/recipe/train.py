@@ -28,7 +28,16 @@ from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
 from gracekit.recipe.conversations import Conversations, find_conversations
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
-from gracekit.recipe.pairs import Pair, check_memory, check_pair, load_pair, load_student, memory_needed, scales_folder
+from gracekit.recipe.pairs import (
+    Pair,
+    bytes_of,
+    check_memory,
+    check_pair,
+    load_pair,
+    load_student,
+    memory_needed,
+    scales_folder,
+)
 from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.run_folder import DONE, open_run
@@ -115,6 +124,12 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
         )
         problems = check_pair(pair, records)
         problems += check_memory(memory_needed(pair, config, ranks=training.world_size), training.device)
+        if (
+            config.pair.teacher_mode == "precomputed"
+            and pair.teacher is not None
+            and pair.teacher.device.type != "meta"
+        ):
+            problems += check_memory({"teacher": bytes_of(pair.teacher)}, training.device)  # while it answers
         if problems:
             raise ValueError("this pair cannot be trained: " + "; ".join(problems))
         return records.check_lengths(pair.processor, data.max_length, advance=advance)
