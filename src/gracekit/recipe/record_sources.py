@@ -68,8 +68,12 @@ def open_source(data: Any) -> tuple[RecordSource, Path]:
         ValueError: it is none of these.
     """
     if not isinstance(data, str | Path):
-        if not (hasattr(data, "column_names") and hasattr(data, "__getitem__")) or isinstance(data, dict):
-            raise ValueError(f"data must be a path or one split of a datasets.Dataset, got {type(data).__name__}")
+        looks = all(hasattr(data, name) for name in ("column_names", "__getitem__", "__len__"))
+        if not looks or isinstance(data, dict):
+            raise ValueError(
+                "data must be a path or one split of a datasets.Dataset (an iterable one has to be saved first: every record is "
+                f"looked at before training), got {type(data).__name__}"
+            )
         return DatasetRecords(data), Path()
     path = Path(data)
     if path.is_dir():
