@@ -165,7 +165,7 @@ class GraceConfig:
     alpha: float = option(1.0, "weight of the target class's part")
     beta_dkd: float = option(4.0, "weight of the other classes' part")
     tau: str = option("1.0", "what the controller brings L_GDKD down to: a number, or auto")
-    tau_steps: int = option(0, "optimiser steps that --tau auto looks at; 0: the first 70 % of the training")
+    tau_steps: int = option(0, "optimiser steps that --tau auto looks at; 0: the first seven tenths of the training")
     tau_quantile: float = option(0.1, "quantile of their L_GDKD that --tau auto takes")
     eta: float = option(0.0015, "step size of the controller; 0 keeps beta fixed")
     beta_initial: float = option(0.5, "multiplier of L_GDKD at the start")
