@@ -187,6 +187,26 @@ def test_a_resumed_stage_ends_bit_for_bit_where_an_uninterrupted_one_does(tokeni
     assert [(e["step"], e["ce"]) for e in found_log] == [(e["step"], e["ce"]) for e in log]
 
 
+def test_a_stage_that_was_cut_after_its_last_checkpoint_is_not_trained_further(tokenizer, data, tmp_path, monkeypatch):
+    def run(folder, report=lambda step, text: None):
+        model, objective = student(tokenizer, qat=True), GraceConfig().objective("grace")
+        log = run_stage(stage(steps=6), model, data, objective, folder, device=CPU, report=report)
+        return {**model.state_dict(), **objective.controller.state_dict()}, log
+
+    def cut(*_):
+        raise CutError
+
+    expected, log = run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(CutError):
+        patch.setattr("gracekit.recipe.stages.save_state", cut)
+        run(tmp_path / "cut")
+    assert latest_checkpoint(tmp_path / "cut" / "one").name == "checkpoint-6"
+    found, found_log = run(tmp_path / "cut", lambda step, text: pytest.fail("trained again"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert [(e["step"], e["ce"]) for e in found_log] == [(e["step"], e["ce"]) for e in log]
+
+
 def test_a_checkpoint_of_another_folder_brings_its_own_controller(tokenizer, data, tmp_path):
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4}
     whole = trainer(tokenizer, data, tmp_path / "a", **options)
