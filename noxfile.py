@@ -50,6 +50,7 @@ def gpu(session: nox.Session) -> None:
         "tests/test_triton_gated_dkd.py",
         "tests/test_bfloat16_cka.py",
         "tests/test_relational_cka.py",
+        "tests/test_triton_attention.py",
         "tests/test_triton_int4.py",
         "tests/test_triton_lsq.py",
         "tests/test_quant_cuda.py",

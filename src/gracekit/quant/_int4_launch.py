@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from triton import AsyncCompileMode
 
 from gracekit.quant._int4_layout import CHUNK, TILE
 from gracekit.quant._triton_int4 import narrow_kernel, values_kernel, wide_kernel
-from gracekit.quant._triton_launch import launch
+from gracekit.quant._triton_launch import launch, launches_early
 
 _VALUES_ROWS = 32
 _BAND = 8
@@ -92,7 +91,7 @@ def _product(
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule
     padded, shares = tiles * TILE, parts or split
-    early = _launches_early(x.device)
+    early = launches_early(x.device)
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded]
     options = {
         "STEPS": triton.cdiv(chunks, shares),
@@ -115,12 +114,6 @@ def _product(
     partial = x.new_empty(slabs, dtype=torch.float32)
     options |= {"SPLIT": split, "SCALED": scaled, "BAND": _BAND}
     return wide_kernel, (programs, split), [x, packed, scale, y, partial, counters], sizes, options
-
-
-@functools.cache
-def _launches_early(device: torch.device) -> bool:
-    """Whether the device can begin a launch before the one in front has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ leads to the compiled kernel; what remains is to hand over the pointers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -21,11 +22,12 @@ _launches: dict[Hashable, Callable[..., None]] = {}
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[int], options: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[Any], options: dict[str, Any]
 ) -> None:
     """Do what ``kernel[grid](*tensors, *sizes, **options)`` does, on the device of the first tensor.
 
-    ``tensors`` and ``sizes`` are the kernel's first parameters, in its order; ``options`` are those compiled in, and Triton's own.
+    ``tensors`` and ``sizes``, plain numbers, are the kernel's first parameters, in its order; ``options`` are those compiled in,
+    and Triton's own.
     """
     device = tensors[0].get_device()
     if not isinstance(kernel, JITFunction):
@@ -43,7 +45,7 @@ def launch(
 
 
 def _prepared(
-    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[int], options: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[Any], options: dict[str, Any]
 ) -> Callable[..., None]:
     compiled = kernel.warmup(*tensors, *sizes, grid=grid, **options)
     if hasattr(compiled, "result"):  # compiled ahead, by a thread
@@ -51,3 +53,15 @@ def _prepared(
     start = compiled[(*grid, 1, 1)[:3]]
     constants = [options[name] for name in kernel.arg_names[len(tensors) + len(sizes) :]]
     return lambda *pointers: start(*pointers, *sizes, *constants)
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether the device can begin a launch before the one in front has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a CUDA device; 8 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
