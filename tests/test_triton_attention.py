@@ -8,8 +8,7 @@ from strategies import generator, normal, seeds
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gracekit.inference import attention
-from gracekit.inference.attention import DecodeAttention, attend
+from gracekit.inference.attention import attend, decode_attention
 
 pytest.importorskip("triton")
 from gracekit.quant import _triton_attention
@@ -53,17 +52,14 @@ def oracle(query, keys, values, mask, scale):
 )
 def test_the_kernel_is_within_rounding_of_float64(seed, samples, heads, group, width, places, dtype, spread, masked):
     query, keys, values, mask = drawn(seed, samples, heads, group, width, places, dtype, spread=spread, masked=masked)
-    counters = torch.zeros(samples * heads, dtype=torch.int32, device=DEVICE)
     scale = width**-0.5
     (expected, sizes), steepest = oracle(query, keys, values, mask, scale)
     unit = torch.finfo(dtype).eps / 2
     # Weights are rounded to halves for their product with the values, and so is the result; the rest is float32's.
     bound = unit * (sizes + expected.abs()) + 4e-6 * (1 + steepest) * sizes + places * 2.0**-24 * values.abs().max()
-    for _ in range(2):
-        found = _triton_attention.attend(query, keys, values, mask, counters, scale)
-        assert found.dtype == dtype
-        assert bool(((found.double() - expected).abs() <= bound).all())
-        assert not counters.any()
+    found = _triton_attention.attend(query, keys, values, mask, scale)
+    assert found.dtype == dtype
+    assert bool(((found.double() - expected).abs() <= bound).all())
 
 
 def test_shares_cover_all_places_and_fill_the_device():
@@ -95,7 +91,6 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_what_the_kernel_does_not_know_goes_to_transformers(name, monkeypatch):
-    monkeypatch.setattr(attention, "_counters", torch.zeros(64, dtype=torch.int32, device=DEVICE))
     monkeypatch.setattr(_triton_attention, "attend", lambda *_: pytest.fail("went to the kernel"))
     inputs, options = OTHER[name](*drawn(0, 2, 2, 2, 16, 20, torch.float16))
     expected, _ = sdpa_attention_forward(Layer(), *inputs, scaling=0.25, **options)
@@ -107,38 +102,21 @@ def test_what_the_kernel_does_not_know_goes_to_transformers(name, monkeypatch):
 def test_one_token_goes_to_the_kernel(monkeypatch):
     inputs = drawn(0, 2, 2, 2, 16, 20, torch.float16)
     expected, _ = sdpa_attention_forward(Layer(), *inputs, scaling=0.25)
+    torch.testing.assert_close(attend(Layer(), *inputs, scaling=0.25)[0], expected, rtol=2e-3, atol=2e-3)
     marked = torch.full_like(expected, 7.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "_counters", torch.zeros(4, dtype=torch.int32, device=DEVICE))
-        torch.testing.assert_close(attend(Layer(), *inputs, scaling=0.25)[0], expected, rtol=2e-3, atol=2e-3)
-        patch.setattr(_triton_attention, "attend", lambda *_: marked)
-        assert torch.equal(attend(Layer(), *inputs, scaling=0.25)[0], marked)
-        patch.setattr(attention, "_counters", torch.zeros(3, dtype=torch.int32, device=DEVICE))
-        assert torch.equal(attend(Layer(), *inputs, scaling=0.25)[0], expected)
-    assert torch.equal(attend(Layer(), *inputs, scaling=0.25)[0], expected)
+    monkeypatch.setattr(_triton_attention, "attend", lambda *_: marked)
+    assert torch.equal(attend(Layer(), *inputs, scaling=0.25)[0], marked)
 
 
-def test_a_decoding_on_a_cpu_or_with_eager_attention_keeps_its_own():
-    class Config:
-        _attn_implementation, num_attention_heads = "eager", 2
-
-    for name, device in (("eager", DEVICE), ("sdpa", "cpu")):
-        config = Config()
-        config._attn_implementation = name
-        with DecodeAttention(config, 1, torch.device(device)).installed():
-            assert config._attn_implementation == name
-            assert attention._counters is None
+class Config:
+    def __init__(self, name):
+        self._attn_implementation = name
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_a_decoding_with_sdpa_on_a_gpu_attends_by_the_kernel_while_a_step_runs():
-    class Config:
-        _attn_implementation, num_attention_heads = "sdpa", 4
-
-    config = Config()
-    with DecodeAttention(config, 2, torch.device("cuda")).installed():
-        assert config._attn_implementation == "gracekit_decode"
-        assert attention._counters.shape == (8,)
-    assert config._attn_implementation == "sdpa"
-    assert attention._counters is None
+@pytest.mark.parametrize(("name", "device"), [("eager", "cuda"), ("sdpa", "cpu"), ("sdpa", "cuda")])
+def test_a_step_attends_by_the_kernel_on_cuda_where_the_model_does_by_sdpa(name, device):
+    config = Config(name)
+    with pytest.raises(KeyError), decode_attention(config, torch.device(device)):
+        assert config._attn_implementation == ("gracekit_decode" if (name, device) == ("sdpa", "cuda") else name)
+        raise KeyError
+    assert config._attn_implementation == name

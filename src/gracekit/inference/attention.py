@@ -26,9 +26,6 @@ _LEAST_WIDTH, _MOST_WIDTH = 16, 256  # of a head
 # What would change the result, under the names that transformers' models hand it over with.
 _OTHER_FORMS = ("softcap", "position_bias", "s_aux", "sliding_window", "cache")
 
-# Of the decoding whose step runs. A call writes to them, but leaves them at zero: to a compiler they are not changed.
-_counters: Tensor | None = None
-
 
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
@@ -36,46 +33,44 @@ def attend(
     """Return attention (B, L, H, D) of a query (B, H, L, D) as transformers' layers ask for it, and no weights."""
     scale = options.get("scaling")
     plain = not options.get("dropout") and all(options.get(name) is None for name in _OTHER_FORMS)
-    if plain and scale is not None and _is_known(query, key, value, attention_mask, _counters):
+    if plain and scale is not None and _is_known(query, key, value, attention_mask):
         # The operator is for compilers; it takes the host longer than the kernel takes the device.
         one: Any = torch.ops.gracekit.decode_attention if torch.compiler.is_compiling() else _attend_one
-        return one(query, key, value, attention_mask, _counters, scale), None
+        return one(query, key, value, attention_mask, scale), None
     result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return result
 
 
-def _is_known(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, counters: Tensor | None) -> bool:
+def _is_known(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether it is one token of halves, with an additive mask over places that follow one another."""
-    if mask is None or counters is None:
+    if mask is None:
         return False
     batch, heads, length, width = query.shape
     return (
-        query.device == counters.device
-        and query.dtype in (torch.bfloat16, torch.float16)
+        query.dtype in (torch.bfloat16, torch.float16)
         and query.dtype == key.dtype == value.dtype == mask.dtype
         and length == 1
         and _LEAST_WIDTH <= width <= _MOST_WIDTH
         and width & (width - 1) == 0
         and key.shape == value.shape
         and heads % key.shape[1] == 0
-        and batch * key.shape[1] <= counters.numel()
         and mask.shape == (batch, 1, 1, key.shape[2])
         and all(rows.stride(3) == 1 and rows.stride(2) == width for rows in (key, value))
         and query.stride(3) == mask.stride(3) == 1
     )
 
 
-def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, counters: Tensor, scale: float) -> Tensor:
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     from gracekit.quant import _triton_attention
 
-    return _triton_attention.attend(query, key, value, mask, counters, scale)
+    return _triton_attention.attend(query, key, value, mask, scale)
 
 
 _decode_attention = torch.library.custom_op("gracekit::decode_attention", _attend_one, mutates_args=())
 
 
 @_decode_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, counters: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
 
 
@@ -83,32 +78,14 @@ AttentionInterface.register(_NAME, attend)
 AttentionMaskInterface.register(_NAME, sdpa_mask)
 
 
-class DecodeAttention:
-    """What the steps of one decoding attend by.
-
-    Args:
-        config: of the decoder.
-        batch: B.
-        device: of the model.
-    """
-
-    def __init__(self, config: Any, batch: int, device: torch.device) -> None:
-        self.config = config
-        # One use at a time, so they are this decoding's own.
-        self.counters = torch.zeros(batch * config.num_attention_heads, dtype=torch.int32, device=device)
-        self.is_used = config._attn_implementation == "sdpa" and device.type == "cuda" and has_triton()
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Let the layers of the decoder attend by :func:`attend`."""
-        global _counters
-        if not self.is_used:
-            yield
-            return
-        held, _counters = _counters, self.counters
-        self.config._attn_implementation = _NAME
-        try:
-            yield
-        finally:
-            _counters = held
-            self.config._attn_implementation = "sdpa"
+@contextlib.contextmanager
+def decode_attention(config: Any, device: torch.device) -> Iterator[None]:
+    """Let the layers of a decoder with this configuration attend by :func:`attend`, if they do by sdpa on a CUDA device."""
+    if config._attn_implementation != "sdpa" or device.type != "cuda" or not has_triton():
+        yield
+        return
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from gracekit._structure import find_decoder
-from gracekit.inference.attention import DecodeAttention
+from gracekit.inference.attention import decode_attention
 from gracekit.inference.graphs import captured
 from gracekit.inference.inputs import Choice, Prompt
 from gracekit.inference.prefill import DecoderGraphs
@@ -60,13 +60,12 @@ class Decoding:
         self.sequences_BC = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        decoder: Any = find_decoder(model)
-        self._attention = DecodeAttention(decoder.config, batch, device)
+        self._decoder: Any = find_decoder(model)
         self._prefills: DecoderGraphs | None = None
         if graphed:
             # The cache has room for one prefill at a time. No two are replayed at once.
             capture = functools.partial(captured, warm_up=1, pool=torch.cuda.graph_pool_handle())
-            self._prefills = DecoderGraphs(decoder, self.cache, capture)
+            self._prefills = DecoderGraphs(self._decoder, self.cache, capture)
         # Static addresses and shapes: one graph, never compiled anew.
         self._call = torch.compile(self._forward, fullgraph=True, dynamic=False) if compiled else self._forward
         self._captured: tuple[object, Callable[[], Any]] | None = None
@@ -106,7 +105,7 @@ class Decoding:
     def step(self) -> Tensor:
         """Read the last token and return the logits (B, V) after it, in float32."""
         self.mask_B11C.index_fill_(3, self.slot, 0.0)
-        with self._attention.installed():
+        with decode_attention(self._decoder.config, self.token.device):
             logits = self._call(self.token, self.positions, self.mask_B11C)
         self.slot.add_(1)
         self.positions.add_(1)

@@ -1,14 +1,15 @@
 """Attention of one new token over a cache of fixed size, as a Triton kernel that reads keys and values once.
 
 One token of a few rows has too few heads to fill a device with, so the places of the cache are dealt out among programs. Each
-keeps the greatest score, the sum of exponentials and the weighted sum of values of its share; the last of a head to arrive, which a
-counter tells, brings the shares together in a fixed order (flash decoding). The query heads that share a head of keys are the rows
-of one product.
+keeps the greatest score, the sum of exponentials and the weighted sum of values of its share; a second kernel brings the shares
+together (flash decoding). The query heads that share a head of keys are the rows of one product.
 """
 
 # B samples, H query heads, K heads of keys and values, D head size, C places of the cache
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -26,16 +27,16 @@ _MASKED = tl.constexpr(-1e30)
 
 
 @triton.jit
-def attention_kernel(
-    query, keys, values, mask, out, states, counters, C,
+def shares_kernel(
+    query, keys, values, mask, out, states, C,
     query_batch, query_head, keys_batch, keys_head, values_batch, values_head, mask_batch, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    SHARES: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr,
+    SHARES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One head of keys and GROUP of queries, over STEPS blocks of places; writes ``out`` (B, H, D).
+    """One head of keys and GROUP of queries, over STEPS blocks of places.
 
-    ``states`` (B, H, SHARES, D + 2) float32 is a workspace for more than one share: weighted sum, sum of exponentials, greatest
-    score. ``counters`` (B, HEADS) are zero before and after.
+    With one share ``out`` (B, H, D) is written; else ``states`` (B, H, SHARES, D + 2) float32: weighted sum, sum of exponentials,
+    greatest score. EARLY: launched while the kernel before it ends; waits for what that has written.
     """
     batch = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
@@ -73,28 +74,25 @@ def attention_kernel(
         tl.store(to[:, None] + column[None, :], sums, mask=is_head[:, None])
         tl.store(to + D, total, mask=is_head)
         tl.store(to + D + 1, peak, mask=is_head)
-        tl.debug_barrier()  # all threads have stored before the one that counts publishes it
-        arrived = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        if arrived == SHARES - 1:
-            for member in range(GROUP):
-                _together(states, out, batch * (HEADS * GROUP) + head * GROUP + member, D, SHARES, PADDED)
-            tl.store(counters + tl.program_id(0), 0)
 
 
 @triton.jit
-def _together(states, out, head, D: tl.constexpr, SHARES: tl.constexpr, PADDED: tl.constexpr):
-    """The shares of one query head: their sums, each to the scale of the greatest score of all."""
+def together_kernel(states, out, D: tl.constexpr, SHARES: tl.constexpr, PADDED: tl.constexpr, EARLY: tl.constexpr):
+    """One query head: the shares' sums, each to the scale of the greatest score of all."""
     share, column = tl.arange(0, PADDED), tl.arange(0, D)
+    head = tl.program_id(0).to(tl.int64)
     here = share < SHARES
     at = states + (head * SHARES + share) * (D + 2)
-    peak = tl.load(at + D + 1, mask=here, other=float("-inf"), cache_modifier=".cg")
+    if EARLY:
+        gdc_wait()
+    peak = tl.load(at + D + 1, mask=here, other=float("-inf"))
     shrink = tl.exp(peak - tl.max(peak, 0))
-    total = tl.sum(tl.load(at + D, mask=here, other=0.0, cache_modifier=".cg") * shrink, 0)
-    sums = tl.load(at[:, None] + column[None, :], mask=here[:, None], other=0.0, cache_modifier=".cg")
+    total = tl.sum(tl.load(at + D, mask=here, other=0.0) * shrink, 0)
+    sums = tl.load(at[:, None] + column[None, :], mask=here[:, None], other=0.0)
     tl.store(out + head * D + column, (tl.sum(sums * shrink[:, None], 0) / total).to(out.dtype.element_ty))
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, counters: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Return attention (B, 1, H, D) of one token, in its dtype.
 
     Args:
@@ -102,7 +100,6 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, counters: 
         keys: (B, K, C, D), K dividing H; a head's places follow one another.
         values: likewise.
         mask: (B, 1, 1, C), what is added to the scores; at least one place of a row is 0.
-        counters: at least B * K zeros int32; zeros again afterwards. Two calls at once must not share them.
         scale: of the scores.
     """
     batch, count, _, width = query.shape
@@ -128,16 +125,23 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, counters: 
         "BLOCK": _BLOCK,
         "STEPS": steps,
         "SHARES": shares,
-        "PADDED": triton.next_power_of_2(shares),
-        "EARLY": early,
-        "num_warps": _FEW_WARPS if shares == 1 else _MANY_WARPS,
-        "num_stages": 2,
+        **_options(early, _FEW_WARPS if shares == 1 else _MANY_WARPS),
     }
-    if early:
-        options["launch_pdl"] = True
-    tensors = [query, keys, values, mask, out, states, counters]
-    launch(attention_kernel, (batch * heads, shares), tensors, [*sizes, mask.stride(0), scale], options)
+    tensors = [query, keys, values, mask, out, states]
+    launch(shares_kernel, (batch * heads, shares), tensors, [*sizes, mask.stride(0), scale], options)
+    if shares > 1:
+        options = {
+            "D": width,
+            "SHARES": shares,
+            "PADDED": triton.next_power_of_2(shares),
+            **_options(early, _FEW_WARPS),
+        }
+        launch(together_kernel, (batch * count,), [states, out], [], options)
     return out
+
+
+def _options(early: bool, warps: int) -> dict[str, Any]:
+    return {"EARLY": early, "num_warps": warps, "num_stages": 2} | ({"launch_pdl": True} if early else {})
 
 
 def _shares(heads: int, places: int, processors: int) -> tuple[int, int]:
