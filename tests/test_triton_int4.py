@@ -27,13 +27,17 @@ halves = st.sampled_from([torch.bfloat16, torch.float16])
 # The interpreter rounds to bfloat16 wrongly: what is written in it is compared on a GPU alone.
 written = halves if CUDA else st.just(torch.float16)
 # Inputs that no chunk of 128 divides, outputs that no tile of 64 divides, one group, many.
-sizes = st.sampled_from([(1, 32, 32), (70, 160, 32), (64, 256, 64), (130, 384, 128), (65, 640, 128), (48, 192, 64)])
+sizes = st.sampled_from(
+    [(1, 32, 32), (70, 160, 32), (64, 256, 64), (130, 384, 128), (65, 640, 128), (48, 192, 64)]
+    # More tiles than a GPU has multiprocessors: some have a program each, others several.
+    + [(2500, 640, 128)] * CUDA
+)
 narrow = st.builds(
     Schedule,
     rows=st.sampled_from([16, 32, 64]),
     tokens=st.sampled_from([8, 16, 32] if CUDA else [16, 32]),
     parts=st.sampled_from([2, 4]),
-    split=st.just(1),
+    split=st.sampled_from([1, 2, 3]),
     warps=st.just(4),
     stages=st.sampled_from([1, 3]),
     scaled=st.just(False),
@@ -225,11 +229,25 @@ def test_rounding_to_nearest_goes_into_the_form_as_well():
 def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors):
     found = _int4_choices.schedules(rows, outputs, chunks, processors)
     assert found
-    assert len(set(found)) == len(found) <= 16
+    assert len(set(found)) == len(found) <= 20
     for schedule in found:
         assert schedule.rows in (16, 32, 64, 128)
         assert schedule.tokens in _int4_choices._WIDE
         assert schedule.split == 1 or schedule.split * 2 <= chunks
+
+
+@given(st.integers(1, 2000), st.sampled_from([8, 132]))
+def test_the_last_tiles_are_dealt_out_so_that_no_multiprocessor_has_much_more_to_do(tiles, processors):
+    one, *dealt = _int4_choices._splits(tiles, processors)
+    assert one == 1
+    for split in dealt:
+        schedule = Schedule(16, 8, 4, split, 4, 3, scaled=False)
+        whole = schedule.whole(16 * tiles, processors)
+        assert whole % processors == 0
+        assert 0 <= tiles - whole < processors
+        fullest = whole // processors + -(-(tiles - whole) * split // processors) / split
+        assert tiles / processors <= fullest <= -(-tiles // processors)
+    assert bool(dealt) == bool(tiles % processors)
 
 
 @pytest.fixture

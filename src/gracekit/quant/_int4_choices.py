@@ -39,11 +39,12 @@ _COPIES = 64
 _REPLAYS = 10
 _STAGES = 3
 _FILLING = 2  # programs per multiprocessor
+_DEALT_OUT = (2, 3, 4)  # programs that one tile of few rows of x may be dealt out among
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
 _NARROW = {
-    8: ((16, 4, 4), (32, 4, 4), (32, 8, 8), (64, 4, 4), (64, 4, 8)),
-    16: ((16, 4, 4), (32, 4, 4), (64, 4, 4), (64, 4, 8)),
-    32: ((32, 4, 4), (64, 4, 8)),
+    8: ((16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 2), (32, 4, 4), (32, 8, 4), (64, 4, 4)),
+    16: ((16, 2, 2), (16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 4), (32, 8, 4)),
+    32: ((16, 4, 4), (16, 8, 4), (32, 4, 4), (32, 8, 4), (64, 4, 8)),
 }
 # Likewise: (output rows, warps, whether rounded weights are multiplied) of wide_kernel.
 _WIDE = {
@@ -128,9 +129,11 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
     """Return what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors."""
     tokens = max(8, min(triton.next_power_of_2(rows), 256))
     found = [
-        Schedule(tile, tokens, parts, 1, warps, _STAGES, scaled=False)
+        Schedule(tile, tokens, parts, split, warps, _STAGES, scaled=False)
         for tile, parts, warps in _NARROW.get(tokens, ())
         if parts <= max(4, chunks)
+        for split in _splits(-(-outputs // TILE) * (TILE // tile), processors)
+        if split == 1 or chunks >= 2 * parts * split
     ]
     # A hundred rows leave much of a block of 128 empty, or fill two of 64.
     wide = [(width, *shape) for width in ((64, 128) if tokens == 128 else (tokens,)) for shape in _WIDE[width]]
@@ -142,6 +145,15 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
         powers = {min(1 << (split.bit_length() - 1), max(1, chunks // 2)) for split in splits}
         found += [one._replace(split=split) for split in sorted(powers)]
     return found
+
+
+def _splits(tiles: int, processors: int) -> tuple[int, ...]:
+    """Return 1, and the number of programs for each of the last tiles that leaves the fullest multiprocessor the least to do."""
+    left = tiles % processors
+    if not left:
+        return (1,)
+    best = min(_DEALT_OUT, key=lambda split: -(-left * split // processors) / split)
+    return (1, best)
 
 
 def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> dict[str, Any]:

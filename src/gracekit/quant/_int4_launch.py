@@ -16,7 +16,7 @@ from triton import AsyncCompileMode
 
 from gracekit.quant._int4_layout import CHUNK, TILE
 from gracekit.quant._triton_int4 import narrow_kernel, values_kernel, wide_kernel
-from gracekit.quant._triton_launch import launch, launches_early
+from gracekit.quant._triton_launch import launch, launches_early, processors
 
 _VALUES_ROWS = 32
 _BAND = 8
@@ -26,10 +26,10 @@ class Schedule(NamedTuple):
     """How a product is launched.
 
     Attributes:
-        rows: output rows of a program, a power of two from 16 on.
+        rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` 64 at most.
         tokens: rows of x of a program, a power of two from 8 on.
         parts: chunks of inputs that a program of ``narrow_kernel`` takes at once; 0 for ``wide_kernel``.
-        split: programs of ``wide_kernel`` among which a tile's inputs are dealt out.
+        split: programs among which a tile's inputs are dealt out; for ``narrow_kernel`` those of the last tiles, see ``whole``.
         warps: of a program.
         stages: steps in flight.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
@@ -46,6 +46,11 @@ class Schedule(NamedTuple):
     def programs(self, padded: int, count: int) -> int:
         """Return how many tiles of y (count, padded) there are."""
         return -(-padded // self.rows) * -(-count // self.tokens)
+
+    def whole(self, padded: int, processors: int) -> int:
+        """Return how many tiles of outputs have one program of ``narrow_kernel`` each: full rounds of multiprocessors."""
+        tiles = padded // self.rows
+        return tiles // processors * processors if self.split > 1 else tiles
 
     def counters(self, padded: int, count: int) -> int:
         """Return how many counters a product of ``count`` rows takes."""
@@ -90,16 +95,17 @@ def _product(
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule
-    padded, shares = tiles * TILE, parts or split
+    padded = tiles * TILE
     early = launches_early(x.device)
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded]
     options = {
-        "STEPS": triton.cdiv(chunks, shares),
+        "STEPS": triton.cdiv(chunks, parts or split),
         "G": chunks * CHUNK // scale.shape[0],
+        "SPLIT": split,
         "ROWS": rows,
         "TOKENS": tokens,
         "STAGES": stages,
-        "MASKED": bool(x.shape[1] % CHUNK or chunks % shares or padded % rows),
+        "MASKED": bool(x.shape[1] % CHUNK or chunks % (parts or split) or padded % rows),
         "ASSEMBLY": x.is_cuda,
         "EARLY": early,
         "num_warps": warps,
@@ -107,13 +113,15 @@ def _product(
     if early:
         options["launch_pdl"] = True
     if parts:
-        grid = (triton.cdiv(padded, rows), triton.cdiv(len(x), tokens))
-        return narrow_kernel, grid, [x, packed, scale, y], sizes, options | {"PARTS": parts}
+        blocks, whole = triton.cdiv(len(x), tokens), schedule.whole(padded, processors(x.device))
+        programs = whole + (padded // rows - whole) * split
+        slabs = (programs - whole) * blocks * rows * tokens if split > 1 else 0
+        tensors = [x, packed, scale, y, x.new_empty(slabs, dtype=torch.float32), counters]
+        return narrow_kernel, (programs, blocks), tensors, [*sizes, whole], options | {"PARTS": parts}
     programs = schedule.programs(padded, len(x))
     slabs = programs * split * rows * tokens if split > 1 else 0
-    partial = x.new_empty(slabs, dtype=torch.float32)
-    options |= {"SPLIT": split, "SCALED": scaled, "BAND": _BAND}
-    return wide_kernel, (programs, split), [x, packed, scale, y, partial, counters], sizes, options
+    tensors = [x, packed, scale, y, x.new_empty(slabs, dtype=torch.float32), counters]
+    return wide_kernel, (programs, split), tensors, sizes, options | {"SCALED": scaled, "BAND": _BAND}
 
 
 def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

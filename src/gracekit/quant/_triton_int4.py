@@ -6,12 +6,15 @@ packed words through a few bit operations straight into registers. Per word, ``0
 
 ``narrow_kernel`` is for few rows of x, where all that counts is how soon the weight has been read. The parts of a program, a
 warp or a few each, take different chunks of the inputs of the same outputs, and are added at its end. Products of codes are
-summed per group in float32 and then take the group's scale in float32.
+summed per group in float32 and then take the group's scale in float32. All programs run at once, so the device waits for the
+multiprocessor with the most of them: tiles beyond the last full round of multiprocessors are dealt out among SPLIT programs.
 
 ``wide_kernel`` is for more. Where its programs are too few to fill the device, the inputs are dealt out among SPLIT of them.
-Their partial sums lie in a workspace; the last program of a tile to arrive, which a counter tells, adds them in a fixed order: the
-result is the same at every run. It also sets the counter back to zero. For very many rows the weights that it multiplies are
-q * s rounded once, as training's forward has them, which leaves the tensor cores one sum to keep.
+For very many rows the weights that it multiplies are q * s rounded once, as training's forward has them, which leaves the tensor
+cores one sum to keep.
+
+Partial sums of a SPLIT lie in a workspace; the last program of a tile to arrive, which a counter tells, adds them in a fixed order:
+the result is the same at every run. It also sets the counter back to zero.
 
 ``values_kernel`` writes those, for a dense product.
 """
@@ -117,46 +120,110 @@ def _weights(codes, scales, dtype: tl.constexpr):
     return (codes * scales.to(codes.dtype)[:, None]).to(dtype)
 
 
-@triton.jit(do_not_specialize=["M", "chunks"])
-def narrow_kernel(
-    x, packed, scale, y, M, N, K, stride, chunks, padded,
-    STEPS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def _add_step(
+    total, step, inputs, words, scales, is_token, lane, left, chunks, padded,
+    G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of TOKENS rows of x; ``padded`` output rows are packed.
+    """Add PARTS chunks to ``total`` (PARTS, ROWS, TOKENS). MASKED: they may lie beyond the inputs."""
+    first = step * PARTS
+    k = tl.arange(0, PARTS)[:, None, None] * _CHUNK + tl.arange(0, G)[None, :, None]
+    is_packed = first + lane // ROWS < chunks
+    codes = _codes(words + first * (_TILE * _WORDS), is_packed[:, None], inputs.dtype.element_ty, MASKED, ASSEMBLY)
+    for group in tl.static_range(_CHUNK // G):
+        s_at = scales + (first * (_CHUNK // G) + group) * padded
+        s = tl.load(s_at, mask=is_packed, other=0.0) if MASKED else tl.load(s_at)
+        here = is_token & (k < left - first * _CHUNK - group * G) if MASKED else is_token
+        v = tl.load(inputs + (first * _CHUNK + group * G), mask=here, other=0.0)
+        q = tl.reshape(_side_by_side(codes, group * (G // _WORDS), G // _WORDS, PARTS * ROWS), (PARTS, ROWS, G))
+        total += tl.dot(q, v.to(q.dtype)) * tl.reshape(s, (PARTS, ROWS))[:, :, None]
+    return total
 
-    MASKED: the last step may lie beyond the inputs, or the last program beyond the rows packed.
+
+@triton.jit(do_not_specialize=["M", "chunks", "whole"])
+def narrow_kernel(
+    x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded, whole,
+    STEPS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """ROWS outputs of TOKENS rows of x; ``padded`` output rows are packed, a multiple of ROWS.
+
+    The first ``whole`` tiles of outputs have a program each. The inputs of the others are dealt out among SPLIT programs.
+    MASKED: the last step may lie beyond the inputs.
     EARLY: launched while the kernel before it ends; waits for what that has written.
     """
+    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    tile, share, begin, end = tl.program_id(0), 0, 0, STEPS
+    if SPLIT > 1:
+        beyond = tile - whole
+        share = tl.where(beyond < 0, 0, beyond % SPLIT)
+        tile = tl.where(beyond < 0, tile, whole + beyond // SPLIT)
+        begin = share * SHARE
+        end = tl.where(beyond < 0, STEPS, tl.minimum(begin + SHARE, STEPS))
     lane = tl.arange(0, PARTS * ROWS)  # an output row of a part
-    row = tl.program_id(0) * ROWS + lane % ROWS
+    row = tile * ROWS + lane % ROWS
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    part = tl.arange(0, PARTS)[:, None, None]
-    k = tl.arange(0, G)[None, :, None]
     at = ((row // _TILE).to(tl.int64) * (chunks * _TILE) + lane // ROWS * _TILE + row % _TILE)[:, None] * _WORDS
-    inputs = x + token.to(tl.int64)[None, None, :] * stride + (part * _CHUNK + k)
+    k = tl.arange(0, PARTS)[:, None, None] * _CHUNK + tl.arange(0, G)[None, :, None]
+    inputs = x + token.to(tl.int64)[None, None, :] * stride + k
     scales = scale + lane // ROWS * (_CHUNK // G) * padded + row
     is_token = (token < M)[None, None, :]
     total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
     if EARLY:
-        gdc_wait()
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        first = step * PARTS
-        is_packed = (row < padded) & (first + lane // ROWS < chunks)
-        words = packed + first * (_TILE * _WORDS) + at
-        codes = _codes(words, is_packed[:, None], x.dtype.element_ty, MASKED, ASSEMBLY)
-        for group in tl.static_range(_CHUNK // G):
-            s_at = scales + (first * (_CHUNK // G) + group) * padded
-            s = tl.load(s_at, mask=is_packed, other=0.0) if MASKED else tl.load(s_at)
-            here = is_token & (part * _CHUNK + k < K - first * _CHUNK - group * G) if MASKED else is_token
-            v = tl.load(inputs + (first * _CHUNK + group * G), mask=here, other=0.0)
-            q = tl.reshape(_side_by_side(codes, group * (G // _WORDS), G // _WORDS, PARTS * ROWS), (PARTS, ROWS, G))
-            total += tl.dot(q, v.to(q.dtype)) * tl.reshape(s, (PARTS, ROWS))[:, :, None]
+        gdc_wait()  # for x, and for whoever still has the workspace
+    # A mask costs a fifth of the instructions, so the last step alone has it.
+    UNMASKED: tl.constexpr = STEPS - 1 if MASKED else STEPS
+    for step in tl.range(begin, tl.minimum(end, UNMASKED) if SPLIT > 1 else UNMASKED, num_stages=STAGES):
+        total = _add_step(
+            total, step, inputs, packed + at, scales, is_token, lane, K, chunks, padded, G, ROWS, PARTS, False, ASSEMBLY
+        )
+    if MASKED and (begin < end) & (end == STEPS):
+        total = _add_step(
+            total,
+            UNMASKED,
+            inputs,
+            packed + at,
+            scales,
+            is_token,
+            lane,
+            K,
+            chunks,
+            padded,
+            G,
+            ROWS,
+            PARTS,
+            True,
+            ASSEMBLY,
+        )
 
-    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sums = tl.sum(total, 0)
+    out_row = tile * ROWS + tl.arange(0, ROWS)
     out = y + token.to(tl.int64)[None, :] * N + out_row[:, None]
     written = (token < M)[None, :] & (out_row < N)[:, None]
-    tl.store(out, tl.sum(total, 0).to(y.dtype.element_ty), mask=written)
+    if SPLIT == 1 or tile < whole:
+        tl.store(out, sums.to(y.dtype.element_ty), mask=written)
+    else:
+        place = (tile - whole) * tl.num_programs(1) + tl.program_id(1)
+        _add_shares(sums, share, place, partial, counters, out, written, SPLIT, ROWS, TOKENS)
+
+
+@triton.jit
+def _add_shares(
+    sums, share, place, partial, counters, out, written, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Leave the sums (ROWS, TOKENS) of one of SPLIT shares in the workspace; the last to arrive at a place adds all of them."""
+    # One slab (TOKENS, ROWS) a share, whole, so that no mask is needed.
+    slab = partial + place.to(tl.int64) * (SPLIT * ROWS * TOKENS)
+    cell = tl.arange(0, TOKENS)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
+    tl.store(slab + share * (ROWS * TOKENS) + cell, sums)
+    tl.debug_barrier()  # all threads have stored before the one that counts publishes it
+    arrived = tl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu")
+    if arrived == SPLIT - 1:
+        total = tl.zeros([ROWS, TOKENS], tl.float32)
+        for other in tl.static_range(SPLIT):
+            total += tl.load(slab + other * (ROWS * TOKENS) + cell, cache_modifier=".cg")
+        tl.store(out, total.to(out.dtype.element_ty), mask=written)
+        tl.store(counters + place, 0)
 
 
 @triton.jit(do_not_specialize=["M", "chunks"])
@@ -206,19 +273,7 @@ def wide_kernel(
     if SPLIT == 1:
         tl.store(out, total.to(y.dtype.element_ty), mask=written)
     else:
-        # One slab (TOKENS, ROWS) a share and tile, whole, so that no mask is needed.
-        place = (block * tiles + tile).to(tl.int64)
-        slab = partial + place * (SPLIT * ROWS * TOKENS)
-        cell = tl.arange(0, TOKENS)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
-        tl.store(slab + share * (ROWS * TOKENS) + cell, total)
-        tl.debug_barrier()  # all threads have stored before the one that counts publishes it
-        arrived = tl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            total = tl.zeros([ROWS, TOKENS], tl.float32)
-            for other in tl.static_range(SPLIT):
-                total += tl.load(slab + other * (ROWS * TOKENS) + cell, cache_modifier=".cg")
-            tl.store(out, total.to(y.dtype.element_ty), mask=written)
-            tl.store(counters + place, 0)
+        _add_shares(total, share, block * tiles + tile, partial, counters, out, written, SPLIT, ROWS, TOKENS)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ _TO_WHOLE = tl.constexpr(1.5 * 2**23)
 _TO_GRID = tl.constexpr(1.5 * 2**10)
 _GRID = tl.constexpr(2.0**-13)
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
-_TILE = 4096
+_TILE = 2048
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -166,4 +166,4 @@ def _settings(
     rows = _TILE // block
     options = {"G": group_size, "ROWS": rows, "BLOCK": block, "LOW": low, "HIGH": high}
     options |= {"HALVES": torch.float32 not in (weight.dtype, scale_dtype), "DTYPE": _DTYPES[scale_dtype]}
-    return (triton.cdiv(groups, rows),), [groups], options | {"LEAST": least, "MOST": most, "num_warps": 4}
+    return (triton.cdiv(groups, rows),), [groups], options | {"LEAST": least, "MOST": most, "num_warps": 2}
