@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import StaticCache, StaticLayer
 
 from gracekit._structure import find_decoder
 from gracekit.inference.attention import decode_attention
@@ -25,6 +25,31 @@ from gracekit.inference.inputs import Choice, Prompt
 from gracekit.inference.prefill import DecoderGraphs
 
 _WARM_UP = 3
+
+
+class _SharedLayer(StaticLayer):  # type: ignore[misc]
+    """Keys and values that are written to where a counter says that all layers share, and that whoever owns it moves on.
+
+    Transformers' own have a counter each, and a kernel in each layer that adds one to it.
+    """
+
+    def __init__(self, capacity: int, slot: Tensor) -> None:
+        super().__init__(max_cache_len=capacity)
+        self.slot = slot
+
+    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:
+        """Allocate what belongs to tensors like these."""
+        super().lazy_initialization(keys, values)
+        self.cumulative_length = self.slot
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the next keys and values (B, K, L, D) and return all of them (B, K, C, D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        length = keys.shape[2]
+        places = self.slot if length == 1 else self.slot + torch.arange(length, device=self.slot.device)
+        places = places.to(keys.device)  # of a model that is spread over several
+        return self.keys.index_copy_(2, places, keys), self.values.index_copy_(2, places, values)
 
 
 class Decoding:
@@ -44,6 +69,7 @@ class Decoding:
 
     def __init__(self, model: Any, positions: Tensor, capacity: int, *, compiled: bool, graphed: bool) -> None:
         self.model, self.graphed, self.compiled = model, graphed, compiled
+        self.slot = torch.zeros(1, dtype=torch.long, device=positions.device)
         self.cache = StaticCache(config=model.config, max_cache_len=capacity)
         kinds = {type(layer).__name__ for layer in self.cache.layers}
         if kinds != {"StaticLayer"}:
@@ -51,11 +77,11 @@ class Decoding:
                 f"model must keep keys and values of all tokens in every layer, got {', '.join(sorted(kinds))} "
                 f"({type(model).__name__})"
             )
+        self.cache.layers = [_SharedLayer(capacity, self.slot) for _ in self.cache.layers]
         device, batch = positions.device, positions.shape[-2]
         self.hidden = torch.finfo(model.dtype).min
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(positions[..., :1])
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)
         self.mask_B11C = torch.full((batch, 1, 1, capacity), self.hidden, dtype=model.dtype, device=device)
         self.sequences_BC = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)

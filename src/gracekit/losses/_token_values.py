@@ -33,7 +33,7 @@ from gracekit.losses._rows import (
 
 # Elements of logits a block holds: its temporaries stay in the cache of a CPU, and fill an accelerator without adding up.
 _BLOCK_ELEMENTS = {"cpu": 2**18}
-_BLOCK_ELEMENTS_ACCELERATOR = 2**24
+_BLOCK_ELEMENTS_ACCELERATOR = 2**26
 
 
 def row_blocks(
