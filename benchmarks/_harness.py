@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_LAUNCHING_CYCLES = 100_000_000  # some 50 ms
 PACKAGES = ("torch", "triton", "transformers", "torchao", "liger-kernel", "trl", "nvidia-modelopt", "gracekit")
 
 
@@ -72,6 +73,13 @@ def measure(run: Callable[[], object], device: str, *, runs: int = 10, warmup: i
         "runs": runs,
         "peak_mib": round(peak_mib(run, device), 1),
     }
+
+
+def device_ms(run: Callable[[], object], runs: int) -> float:
+    """Median milliseconds of the CUDA device alone, which waits until the host has launched all runs."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_LAUNCHING_CYCLES)
+    return round(statistics.median(_cuda_times(run, runs)), 4)
 
 
 def _cuda_times(run: Callable[[], object], runs: int) -> list[float]:

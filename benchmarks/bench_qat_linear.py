@@ -94,7 +94,8 @@ def cost(device: str, runs: int, prepared: dict[str, Prepare], sizes: tuple[int,
     """Forward and backward to input, weight and scales, at (inputs, outputs, tokens).
 
     The variants take turns, a few runs each, and a ratio is the median over the turns: a machine that others use as well is
-    then as slow for one as for the next.
+    then as slow for one as for the next. On CUDA the time of the device alone stands beside it, which a host that is slow to
+    launch, or busy, does not change.
     """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     steps = {name: step(prepare, device, dtype, sizes) for name, prepare in ({PLAIN: plain} | prepared).items()}
@@ -104,6 +105,8 @@ def cost(device: str, runs: int, prepared: dict[str, Prepare], sizes: tuple[int,
     for _ in range(max(1, runs // RUNS_A_TURN)):
         for name, run in steps.items():
             turns[name].append(_harness.measure(run, device, runs=RUNS_A_TURN, warmup=2))
+            if device == "cuda":
+                turns[name][-1]["device_ms"] = _harness.device_ms(run, RUNS_A_TURN)
     rows = []
     for name, measured in turns.items():
         row = {
@@ -117,8 +120,10 @@ def cost(device: str, runs: int, prepared: dict[str, Prepare], sizes: tuple[int,
         row |= {"median_ms": middle(measured, "median_ms"), "min_ms": min(turn["min_ms"] for turn in measured)}
         row |= {"max_ms": max(turn["max_ms"] for turn in measured), "runs": RUNS_A_TURN * len(measured)}
         row["peak_mib"] = middle(measured, "peak_mib")
-        pairs = zip(measured, turns[PLAIN], strict=True)
-        row["times_plain"] = round(statistics.median(own["median_ms"] / base["median_ms"] for own, base in pairs), 3)
+        row["times_plain"] = ratio(measured, turns[PLAIN], "median_ms")
+        if device == "cuda":
+            row["device_ms"] = middle(measured, "device_ms")
+            row["times_plain_on_device"] = ratio(measured, turns[PLAIN], "device_ms")
         row["mib_beyond_plain"] = round(row["peak_mib"] - middle(turns[PLAIN], "peak_mib"), 1)
         row["bytes_per_weight_beyond_plain"] = round(row["mib_beyond_plain"] * 2**20 / (sizes[0] * sizes[1]), 2)
         rows.append(row)
@@ -127,6 +132,10 @@ def cost(device: str, runs: int, prepared: dict[str, Prepare], sizes: tuple[int,
     traffic = 5 * sizes[0] * sizes[1] * dtype.itemsize / bandwidth * 1e3
     rows[0]["times_plain_by_traffic_alone"] = round(1 + traffic / rows[0]["median_ms"], 3)
     return rows
+
+
+def ratio(turns: list[dict], base: list[dict], key: str) -> float:
+    return round(statistics.median(own[key] / other[key] for own, other in zip(turns, base, strict=True)), 3)
 
 
 def middle(turns: list[dict], key: str) -> float:

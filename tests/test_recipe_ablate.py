@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,6 +102,20 @@ def test_the_report_has_every_cell_every_comparison_and_the_gates_ground(finishe
     assert results["gate_ground"]["answers"]["count"] == results["questions"]
     assert len(results["gate_ground"]["answers"]["bins"]) == 4
     assert 0 < results["rest_share"] < 1
+
+
+def test_a_student_that_is_done_is_not_loaded_again(teacher, finished, tmp_path):
+    output = tmp_path / "again"
+    shutil.copytree(finished, output)
+    (output / "results.json").unlink()
+    shutil.rmtree(output / "seed-0" / "models")
+    for weights in output.glob("seed-0/stages/*/model.safetensors"):
+        weights.unlink()
+    assert cli.main(["ablate", *arguments(teacher, output, "--seeds", "0")]) == 0
+    assert not (output / "seed-0" / "models").exists()
+    ours, theirs = read(output), read(finished)
+    assert ours["variants"] == theirs["variants"]
+    assert ours["comparisons"] == theirs["comparisons"]
 
 
 def test_a_finished_ablation_is_left_alone_and_takes_more_seeds(teacher, finished, capsys):

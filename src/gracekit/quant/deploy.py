@@ -23,7 +23,7 @@ from gracekit.quant.int4 import (
     read_weight,
 )
 from gracekit.quant.qat import DEFAULT_CONFIG, LayerFilter, check_alone, select_layers
-from gracekit.quant.scheme import LSQConfig, QuantizedWeight, absmax_scale, quantize, round_scale
+from gracekit.quant.scheme import LSQConfig, QuantizedWeight, absmax_scale, holds_scale, quantize, round_scale
 
 TARGETS = ("auto", "cpu", "cuda", "triton", "portable", "reference")
 DEPLOYED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -217,7 +217,7 @@ def check_target(
 
 def check_cast(target: str, name: str, scale: Tensor, dtype: torch.dtype | None) -> None:
     """Raise, naming the layer, where scales cannot go into ``dtype``, which the model is to be cast to, unchanged."""
-    if dtype is not None and not bool((scale.to(dtype).double() == scale.double()).all()):
+    if dtype is not None and not holds_scale(dtype, scale):
         raise ValueError(f"target={target!r} needs scales that {dtype} holds exactly, got {scale.dtype} ones ({name})")
 
 

@@ -192,3 +192,8 @@ def _search_rows(weight: Tensor, bits: int, group_size: int) -> Tensor:
         best = torch.where(better, error, best)
         chosen = torch.where(better, fraction, chosen)
     return torch.where(peak > 0, chosen * (peak / high), 1.0).squeeze(-1)
+
+
+def holds_scale(dtype: torch.dtype, scale: Tensor) -> bool:
+    """Whether ``dtype`` holds each of the scales exactly."""
+    return torch.equal(scale.to(dtype).double(), scale.double())

@@ -135,10 +135,14 @@ def run_ablation(config: AblationConfig, folder: Path) -> dict[str, Any]:
         home = folder / f"seed-{seed}"
         home.mkdir(exist_ok=True)
         own = Clock(home / "seconds.json")
-        with progress_bars() as bars:
-            settings = RecipeConfig(run=replace(config.run, seed=seed), train=config.train, grace=student.grace)
-            found = train_student(replace(run, config=settings, folder=home, bars=bars), student, own)
-        variants += [_cell(run, student, variant, home) for variant in found]
+        kept = home / "cells" / f"{student.name}.json"  # with them nothing of a student need be loaded again
+        if not kept.is_file():
+            with progress_bars() as bars:
+                settings = RecipeConfig(run=replace(config.run, seed=seed), train=config.train, grace=student.grace)
+                found = train_student(replace(run, config=settings, folder=home, bars=bars), student, own)
+            kept.parent.mkdir(exist_ok=True)
+            write_json(kept, [_cell(run, student, variant, home) for variant in found])
+        variants += json.loads(kept.read_text(encoding="utf-8"))
         seconds[f"seed-{seed}"] = round(sum(own.seconds.values()), 2)
     results: dict[str, Any] = only_finite(
         {

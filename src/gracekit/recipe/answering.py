@@ -14,6 +14,7 @@ from gracekit.quant import LSQConfig, convert, load_qat, quantize_rtn
 from gracekit.quant.deploy import quantized_layers
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import read_scale
+from gracekit.quant.scheme import holds_scale
 from gracekit.recipe.batches import ConversationCollator
 from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.quantize import class_of, load
@@ -103,7 +104,7 @@ def load_model(folder: Path, precision: str, device: torch.device, *, group_size
 def _deployed(model: Any) -> Any:
     """Convert for the device's kernel, in bfloat16 or, where that does not hold the scales, in the next dtype that does."""
     scales = [read_scale(layer) for layer in quantized_layers(model).values()]
-    exact = (d for d in _ACTIVATIONS if all(bool((scale.to(d).double() == scale.double()).all()) for scale in scales))
+    exact = (d for d in _ACTIVATIONS if all(holds_scale(d, scale) for scale in scales))
     dtype = next(exact, torch.float32)
     target = "auto"
     if dtype != torch.bfloat16 and scales[0].is_cuda:  # torchao's kernel there has bfloat16 alone

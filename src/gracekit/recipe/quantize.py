@@ -26,6 +26,7 @@ from gracekit.quant import (
     load_qat,
     quantize_rtn,
 )
+from gracekit.quant.formats import awq, compressed_tensors
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import is_quantized
 from gracekit.recipe.progress import quiet, say
@@ -35,8 +36,8 @@ EXPORTS = {"compressed-tensors": export_compressed_tensors, "awq": export_awq}
 FORMATS = {
     "torchao": (4, 8),
     "torchao-reference": tuple(range(2, 9)),
-    "compressed-tensors": (2, 4, 8),
-    "awq": (4,),
+    "compressed-tensors": compressed_tensors.WIDTHS,
+    "awq": awq.WIDTHS,
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The weights are written anew, and what describes them with them.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gracekit.quant.deploy import quantized_layers
 from gracekit.quant.int4 import read_bits, read_scale, read_weight
-from gracekit.quant.scheme import QuantizedWeight
+from gracekit.quant.scheme import QuantizedWeight, holds_scale
 
 Packer = Callable[[QuantizedWeight], dict[str, Tensor]]
 
@@ -40,7 +40,7 @@ def uniform_layers(model: nn.Module, format_name: str) -> tuple[dict[str, nn.Lin
 def exact_scale(scale: Tensor, dtype: torch.dtype, format_name: str, name: str) -> Tensor:
     """Return ``scale`` in ``dtype``, or raise, naming the layer, where that would change a value."""
     cast = scale.to(dtype)
-    if not torch.equal(cast.double(), scale.double()):
+    if not holds_scale(dtype, scale):
         worst = scale[cast.double() != scale.double()][0].item()
         raise ValueError(f"{format_name} needs scales that {dtype} holds exactly, got {worst!r} ({name})")
     return cast

@@ -24,6 +24,7 @@ from gracekit.quant.scheme import QuantizedWeight
 
 _NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _ZERO = 8
+WIDTHS = (4,)
 
 
 def export_awq(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -54,7 +55,7 @@ def export_awq(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     layers, bits, group_size = uniform_layers(model, "AWQ")
     for name, layer in layers.items():
-        if bits != 4:
+        if bits not in WIDTHS:
             raise ValueError(f"AWQ needs bits=4, got bits={bits} ({name})")
         if layer.out_features % 8:
             raise ValueError(f"AWQ needs out_features that 8 divides, got out_features={layer.out_features} ({name})")

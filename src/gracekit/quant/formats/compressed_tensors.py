@@ -22,7 +22,7 @@ from gracekit.quant.formats._files import (
 from gracekit.quant.int4 import read_scale
 from gracekit.quant.scheme import QuantizedWeight
 
-_WIDTHS = (2, 4, 8)
+WIDTHS = (2, 4, 8)
 
 
 def export_compressed_tensors(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -52,8 +52,8 @@ def export_compressed_tensors(model: nn.Module, directory: str | os.PathLike[str
     """
     layers, bits, group_size = uniform_layers(model, "compressed-tensors")
     for name, layer in layers.items():
-        if bits not in _WIDTHS:
-            raise ValueError(f"compressed-tensors needs bits in {_WIDTHS}, got bits={bits} ({name})")
+        if bits not in WIDTHS:
+            raise ValueError(f"compressed-tensors needs bits in {WIDTHS}, got bits={bits} ({name})")
         if layer.in_features * bits % 32:
             raise ValueError(
                 f"compressed-tensors needs in_features of whole words, got in_features={layer.in_features} ({name})"
