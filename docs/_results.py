@@ -82,7 +82,10 @@ def qat_linear(device: str) -> None:
     if result is None:
         return
     (GENERATED / f"qat_linear-{device}.txt").write_text(machine(result) + "\n")
-    more = {"times_plain": "Times plain", "bytes_per_weight_beyond_plain": "Bytes a weight beyond plain"}
+    more = {"times_plain": "Times plain"}
+    if "device_ms" in result["cost"][0]:
+        more |= {"device_ms": "Median ms of the device", "times_plain_on_device": "Times plain on the device"}
+    more |= {"bytes_per_weight_beyond_plain": "Bytes a weight beyond plain"}
     write_table(f"qat_linear-{device}", result["cost"], TIMES | more)
     if result["learning"]:
         columns = {"variant": "Variant", "bits": "Bits", "error": "Error", "least": "Least", "greatest": "Greatest"}
