@@ -1,9 +1,10 @@
 """Generation from a batch of prompts with images: one prefill, then a decode loop with fixed shapes.
 
 What comes out is, token for token, what transformers' ``model.generate`` gives with the same settings (in half precision on CUDA up
-to rounding: one token attends by a kernel of :mod:`gracekit.inference.attention`); what differs is the time between tokens. There the host launches some thousand kernels for each token; here, on CUDA, one graph is replayed, with
-transformers' static cache inside it, and whether all rows have ended is asked every few steps only. A prefill runs as it is; of one
-whose shape comes again, the decoder's part is replayed from a graph as well (:mod:`gracekit.inference.prefill`).
+to rounding: one token attends by the kernel of :mod:`gracekit.inference.attention`); what differs is the time between tokens. There
+the host launches some thousand kernels for each token; here, on CUDA, one graph is replayed, with transformers' static cache inside
+it, and whether all rows have ended is asked every few steps only. A prefill runs as it is; of one whose shape comes again, the
+decoder's part is replayed from a graph as well (:mod:`gracekit.inference.prefill`).
 
 This is no serving engine: a batch begins together and ends together. To serve, export the model to one.
 """
