@@ -262,6 +262,12 @@ def test_a_configuration_of_another_kind_is_refused(act):
         act(Pair(), 4)
 
 
+@pytest.mark.parametrize("act", [prepare_qat, quantize_rtn, convert])
+def test_what_is_no_module_is_refused(act):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+        act(3)
+
+
 @pytest.mark.parametrize("base", [None, IntxWeightOnlyConfig(torch.int4, PerGroup(16))])
 def test_torchaos_convert_step_is_refused_instead_of_dropping_the_scales(base):
     model = nn.Sequential(nn.Linear(32, 32))

@@ -160,6 +160,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, picture, capsys):
         ([str(tmp_path)], "got no config.json"),
         ([folder, "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         ([folder, "--temperature", "-1"], "temperature must be finite and in [0, inf]"),
+        ([folder, "--temperature", "1e-40"], "temperature must be 0 or at least 0.001, got 1e-40"),
         ([folder, "--max-new-tokens", "9999"], "max_length must be at most the model's 256 positions"),
         ([folder, "--image", str(tmp_path / "none.png")], "none.png"),
         ([folder, "--int4"], "group_size"),

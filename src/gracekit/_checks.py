@@ -7,7 +7,7 @@ from collections.abc import Collection
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_real(
@@ -38,6 +38,12 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {name}={value!r}")
+
+
+def check_module(name: str, value: object) -> None:
+    """Raise unless ``value`` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def check_floating(name: str, tensor: object) -> None:

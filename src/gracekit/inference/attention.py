@@ -52,7 +52,7 @@ def _is_known(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
         and length == 1
         and _LEAST_WIDTH <= width <= _MOST_WIDTH
         and width & (width - 1) == 0
-        and key.shape == value.shape
+        and key.shape == value.shape == (batch, key.shape[1], key.shape[2], width)
         and heads % key.shape[1] == 0
         and mask.shape == (batch, 1, 1, key.shape[2])
         and all(rows.stride(3) == 1 and rows.stride(2) == width for rows in (key, value))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.qat import FakeQuantizedLinear
 
-from gracekit._checks import check_choice
+from gracekit._checks import check_choice, check_module
 from gracekit.quant._int4_layout import GROUPS as TRITON_GROUPS
 from gracekit.quant._modules import like_linear, swap_modules
 from gracekit.quant.int4 import (
@@ -142,6 +142,7 @@ def quantize_rtn(
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the quantised layers of a model by full name, each with finite values and nothing but codes and scales."""
+    check_module("model", model)
     layers = {}
     for name, module in model.named_modules():
         if is_foreign(module):

@@ -16,7 +16,7 @@ from torchao.quantization.qat import FakeQuantizedLinear
 from torchao.quantization.transform_module import register_quantize_module_handler
 from torchao.utils import TorchAOBaseTensor
 
-from gracekit._checks import check_real
+from gracekit._checks import check_module, check_real
 from gracekit._coverage import EXPECTED_SHARE
 from gracekit._structure import decoder_linears, find_decoder
 from gracekit.quant._modules import like_linear, parameter_owners, swap_modules
@@ -123,6 +123,7 @@ def qat_parameter_groups(
 
 def select_layers(model: nn.Module, config: LSQConfig, filter_fn: LayerFilter | None) -> dict[str, nn.Linear]:
     """Return the layers to quantise by full name, each checked, or raise."""
+    check_module("model", model)
     if isinstance(model, nn.Linear):
         raise ValueError(
             "model must contain the layers to replace, got an nn.Linear itself (put it into nn.Sequential)"

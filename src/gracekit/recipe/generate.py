@@ -23,6 +23,8 @@ from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.progress import quiet, say
 from gracekit.recipe.record_format import IMAGE_MARK, Turn
 
+_LEAST_TEMPERATURE = 1e-3  # logits divided by less may be no numbers
+
 
 class Answer(NamedTuple):
     """What a model said.
@@ -129,7 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_int("max_new_tokens", given.max_new_tokens, low=1)
         check_int("group_size", given.group_size, low=1)
-        check_real("temperature", given.temperature, low=0.0)
+        if check_real("temperature", given.temperature, low=0.0) < _LEAST_TEMPERATURE and given.temperature:
+            raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {given.temperature:g}")
         device = RunConfig(device=given.device).torch_device()
         precision = precision_of(given.folder, int4=given.int4)
         processor = load_processor(given.processor or given.folder)

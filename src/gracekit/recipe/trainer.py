@@ -134,7 +134,7 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
-        if self.state.global_step >= self.state.max_steps:
+        if 0 < self.state.max_steps <= self.state.global_step:
             # The checkpoint of the last step, from which transformers would train one more.
             self.control.should_training_stop = True
             return [], None

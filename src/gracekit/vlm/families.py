@@ -10,14 +10,14 @@ import warnings
 
 from torch import nn
 
+from gracekit._checks import check_module
 from gracekit._coverage import EXPECTED_SHARE, Coverage, coverage_of
 from gracekit._structure import decoder_linears, find_decoder, unwrap
 
 
 def require_decoder(model: nn.Module) -> nn.Module:
     """Return the decoder, a module with a ``layers`` ModuleList, or raise."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     decoder = find_decoder(model)
     if decoder is None:
         raise ValueError(

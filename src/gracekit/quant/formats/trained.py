@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchao.quantization.qat import FakeQuantizedLinear
 
+from gracekit._checks import check_module
 from gracekit.quant._modules import swap_modules
 from gracekit.quant.deploy import quantized_layers
 from gracekit.quant.formats._files import check_absent, put_in_place, without_aliases
@@ -111,6 +112,7 @@ def load_qat(model: nn.Module, directory: str | os.PathLike[str]) -> list[str]:
         >>> bool((fresh(torch.ones(1, 128)) == trained(torch.ones(1, 128))).all())
         True
     """
+    check_module("model", model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     plans: dict[nn.Linear, tuple[LSQConfig, Tensor]] = {}
     for name, (note, log_scale) in _read(Path(directory) / SCALES_FILE).items():
