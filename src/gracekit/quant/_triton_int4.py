@@ -11,12 +11,10 @@ multiprocessor with the most of them: tiles beyond the last full round of multip
 
 ``wide_kernel`` is for more. Where its programs are too few to fill the device, the inputs are dealt out among SPLIT of them.
 For very many rows the weights that it multiplies are q * s rounded once, as training's forward has them, which leaves the tensor
-cores one sum to keep.
+cores one sum to keep. ``values_kernel`` writes those, for a dense product.
 
 Partial sums of a SPLIT lie in a workspace; the last program of a tile to arrive, which a counter tells, adds them in a fixed order:
 the result is the same at every run. It also sets the counter back to zero.
-
-``values_kernel`` writes those, for a dense product.
 """
 
 # M rows of x, N out_features, K in_features, G group size, C chunks of 128 inputs, T tiles of 64 output rows (see _int4_layout)
@@ -179,22 +177,8 @@ def narrow_kernel(
         )
     if MASKED and (begin < end) & (end == STEPS):
         total = _add_step(
-            total,
-            UNMASKED,
-            inputs,
-            packed + at,
-            scales,
-            is_token,
-            lane,
-            K,
-            chunks,
-            padded,
-            G,
-            ROWS,
-            PARTS,
-            True,
-            ASSEMBLY,
-        )
+            total, UNMASKED, inputs, packed + at, scales, is_token, lane, K, chunks, padded, G, ROWS, PARTS, True, ASSEMBLY
+        )  # fmt: skip
 
     sums = tl.sum(total, 0)
     out_row = tile * ROWS + tl.arange(0, ROWS)
