@@ -138,9 +138,27 @@ def entropy_gate_rows(logits_NK: Tensor) -> Tensor:
     weight_NK = shifted_NK.exp()
     total_N = weight_NK.sum(1)
     moment_N = shifted_NK.clamp_min_(_MASKED).mul_(weight_NK).sum(1)  # 0 times a finite number is 0
-    log_classes = math.log(logits_NK.shape[1])
-    entropy_N = (total_N.log() - moment_N / total_N).clamp(0.0, log_classes)
-    return torch.exp(-entropy_N / log_classes)
+    return _gate(total_N, moment_N, logits_NK.shape[1])
+
+
+def _rest_gate(rest: _Rest, offset_N1: Tensor, temperature: float) -> Tensor:
+    """Return the gate from what there is of the rest at ``temperature``, and the target's logit relative to the rest's peak."""
+    weight_NK = rest.weight_NK * rest.weight_NK if temperature == 2 else (rest.shifted_NK * temperature).exp_()
+    total_N1 = weight_NK.sum(1, keepdim=True)
+    moment_N1 = temperature * weight_NK.mul_(rest.shifted_NK).sum(1, keepdim=True)
+    up_N1 = torch.where(rest.log_odds_N1 == math.inf, offset_N1, offset_N1.clamp_min(0.0))  # the peak of all classes
+    down_N1, target_N1 = torch.exp(-up_N1), torch.exp(offset_N1 - up_N1)
+    of_target_N1 = torch.where(target_N1 == 0, 0.0, target_N1 * (offset_N1 - up_N1))
+    of_rest_N1 = torch.where(total_N1 == 0, 0.0, (moment_N1 - up_N1 * total_N1) * down_N1)
+    total_N1 = torch.where(total_N1 == 0, 0.0, total_N1 * down_N1) + target_N1
+    return _gate(total_N1, of_rest_N1 + of_target_N1, rest.weight_NK.shape[1])[:, 0]
+
+
+def _gate(total: Tensor, moment: Tensor, classes: int) -> Tensor:
+    """Return g from the sum of exp(d) over the classes and that of d exp(d), d being logits relative to their peak."""
+    log_classes = math.log(classes)
+    entropy = (total.log() - moment / total).clamp(0.0, log_classes)
+    return torch.exp(-entropy / log_classes)
 
 
 def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: bool) -> tuple[RowValues, RowStatistics]:
@@ -152,12 +170,12 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
 
     full_NV = student_NV.to(dtype)
     student = _rest(full_NV[:, :classes], target_N1, temperature)
-    teacher_NK = teacher_NV[:, :classes].to(dtype)
-    teacher = _rest(teacher_NK, target_N1, temperature)
+    teacher = _rest(teacher_NV[:, :classes].to(dtype), target_N1, temperature)
     tckd_N1 = _binary_kl(teacher.log_odds_N1, student.log_odds_N1)
     nckd_N1 = _rest_kl(teacher, student, temperature)
     dkd_N1 = temperature**2 * (scaled(alpha, tckd_N1) + scaled(beta, nckd_N1))
-    gate_N = entropy_gate_rows(teacher_NK) if gated else torch.ones_like(tckd_N1[:, 0])
+    offset_N1 = teacher_NV.gather(1, target_N1).to(dtype) - teacher.peak_N1
+    gate_N = _rest_gate(teacher, offset_N1, temperature) if gated else torch.ones_like(tckd_N1[:, 0])
     zeros_N1 = torch.zeros_like(tckd_N1)
     ce_peak_N1, ce_lse_N1, ce_odds_N1 = zeros_N1, zeros_N1, zeros_N1
     if with_cross_entropy:
