@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText
 
-from gracekit.quant import load_qat
+from gracekit.quant import LSQConfig, load_qat, prepare_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.callbacks import latest_checkpoint
 from gracekit.recipe.cli import main
 from gracekit.recipe.pairs import Pair, check_memory, memory_needed, scales_folder
+from gracekit.recipe.train import finish
 
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
 
@@ -332,6 +333,20 @@ def test_a_teacher_that_is_not_online_still_needs_room_for_its_head():
         needed = memory_needed(pair, config, ranks=1)
         assert len(needed) == 4
         assert needed[name] == (size or sum(4 * p.numel() for p in pair.teacher.parameters()))
+
+
+@pytest.mark.parametrize("quantiser", [None, LSQConfig(group_size=16)], ids=["bf16", "int4"])
+def test_weights_that_are_no_numbers_are_not_written_wherever_they_are(tmp_path, quantiser):
+    model = tiny_llava()
+    if quantiser is not None:
+        prepare_qat(model, quantiser)
+    name, norm = next((name, p) for name, p in model.named_parameters() if name.endswith("input_layernorm.weight"))
+    norm.data[0] = torch.nan
+    trainer = SimpleNamespace(is_fsdp_enabled=False, is_world_process_zero=lambda: True, model=model)
+    config = SimpleNamespace(pair=SimpleNamespace(quantiser=lambda: quantiser))
+    with pytest.raises(ValueError, match=f"must be finite, got NaN or infinity in 1 .{name}"):
+        finish(trainer, config, None, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ class _Rest(NamedTuple):
     weight_NK: Tensor
     total_N1: Tensor
     lse_N1: Tensor  # 0 where all are masked
+    offset_N1: Tensor  # the target's logit relative to the peak
     log_odds_N1: Tensor  # of the target; +inf where all others are masked
 
 
@@ -101,8 +102,9 @@ def _rest(logits_NK: Tensor, target_N1: Tensor, temperature: float) -> _Rest:
     weight_NK = shifted_NK.exp()
     total_N1 = weight_NK.sum(1, keepdim=True)
     lse_N1 = torch.where(no_rest_N1, 0.0, total_N1.log())
-    log_odds_N1 = (logits_NK.gather(1, target_N1) - peak_N1) / temperature - lse_N1
-    return _Rest(peak_N1, shifted_NK, weight_NK, total_N1, lse_N1, torch.where(no_rest_N1, math.inf, log_odds_N1))
+    offset_N1 = logits_NK.gather(1, target_N1) - peak_N1
+    log_odds_N1 = torch.where(no_rest_N1, math.inf, offset_N1 / temperature - lse_N1)
+    return _Rest(peak_N1, shifted_NK, weight_NK, total_N1, lse_N1, offset_N1, log_odds_N1)
 
 
 def _binary_kl(teacher_odds: Tensor, student_odds: Tensor) -> Tensor:
@@ -141,8 +143,9 @@ def entropy_gate_rows(logits_NK: Tensor) -> Tensor:
     return _gate(total_N, moment_N, logits_NK.shape[1])
 
 
-def _rest_gate(rest: _Rest, offset_N1: Tensor, temperature: float) -> Tensor:
-    """Return the gate from what there is of the rest at ``temperature``, and the target's logit relative to the rest's peak."""
+def _rest_gate(rest: _Rest, temperature: float) -> Tensor:
+    """Return the gate, which is of all classes at temperature 1, from what there is of the rest at ``temperature``."""
+    offset_N1 = rest.offset_N1
     weight_NK = rest.weight_NK * rest.weight_NK if temperature == 2 else (rest.shifted_NK * temperature).exp_()
     total_N1 = weight_NK.sum(1, keepdim=True)
     moment_N1 = temperature * weight_NK.mul_(rest.shifted_NK).sum(1, keepdim=True)
@@ -174,12 +177,12 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
     tckd_N1 = _binary_kl(teacher.log_odds_N1, student.log_odds_N1)
     nckd_N1 = _rest_kl(teacher, student, temperature)
     dkd_N1 = temperature**2 * (scaled(alpha, tckd_N1) + scaled(beta, nckd_N1))
-    offset_N1 = teacher_NV.gather(1, target_N1).to(dtype) - teacher.peak_N1
-    gate_N = _rest_gate(teacher, offset_N1, temperature) if gated else torch.ones_like(tckd_N1[:, 0])
+    gate_N = _rest_gate(teacher, temperature) if gated else torch.ones_like(tckd_N1[:, 0])
     zeros_N1 = torch.zeros_like(tckd_N1)
     ce_peak_N1, ce_lse_N1, ce_odds_N1 = zeros_N1, zeros_N1, zeros_N1
     if with_cross_entropy:
-        ce_peak_N1, _, _, _, ce_lse_N1, ce_odds_N1 = _rest(full_NV, target_N1, 1.0)
+        ce = _rest(full_NV, target_N1, 1.0)
+        ce_peak_N1, ce_lse_N1, ce_odds_N1 = ce.peak_N1, ce.lse_N1, ce.log_odds_N1
     cross_entropy_N1 = -F.logsigmoid(ce_odds_N1) if with_cross_entropy else zeros_N1
 
     def kept(values_N: Tensor) -> Tensor:

@@ -95,17 +95,17 @@ def _product(
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule
-    padded = tiles * TILE
+    padded, shares = tiles * TILE, parts or split
     early = launches_early(x.device)
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded]
     options = {
-        "STEPS": triton.cdiv(chunks, parts or split),
+        "STEPS": triton.cdiv(chunks, shares),
         "G": chunks * CHUNK // scale.shape[0],
         "SPLIT": split,
         "ROWS": rows,
         "TOKENS": tokens,
         "STAGES": stages,
-        "MASKED": bool(x.shape[1] % CHUNK or chunks % (parts or split) or padded % rows),
+        "MASKED": bool(x.shape[1] % CHUNK or chunks % shares or padded % rows),
         "ASSEMBLY": x.is_cuda,
         "EARLY": early,
         "num_warps": warps,

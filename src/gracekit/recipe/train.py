@@ -216,16 +216,15 @@ def finish(trainer: GraceTrainer, config: TrainConfig, pair: Pair, folder: Path)
         if quantiser is not None:
             prepare_qat(model, quantiser)
         model.load_state_dict(state)
+    # save_qat looks at the layers with learned scales alone.
+    broken = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
+    if broken:
+        raise ValueError(f"the trained weights must be finite, got NaN or infinity in {len(broken)} ({broken[0]}, ...)")
     output = folder / _MODEL
     shutil.rmtree(output, ignore_errors=True)  # of an interrupted writing
     if quantiser is not None:
         save_qat(model, output)
     else:
-        broken = [name for name, value in model.named_parameters() if not bool(value.isfinite().all())]
-        if broken:
-            raise ValueError(
-                f"the trained weights must be finite, got NaN or infinity in {len(broken)} ({broken[0]}, ...)"
-            )
         model.save_pretrained(output)
     pair.processor.save_pretrained(output)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -39,11 +39,10 @@ def uniform_layers(model: nn.Module, format_name: str) -> tuple[dict[str, nn.Lin
 
 def exact_scale(scale: Tensor, dtype: torch.dtype, format_name: str, name: str) -> Tensor:
     """Return ``scale`` in ``dtype``, or raise, naming the layer, where that would change a value."""
-    cast = scale.to(dtype)
     if not holds_scale(dtype, scale):
-        worst = scale[cast.double() != scale.double()][0].item()
+        worst = scale[scale.to(dtype).double() != scale.double()][0].item()
         raise ValueError(f"{format_name} needs scales that {dtype} holds exactly, got {worst!r} ({name})")
-    return cast
+    return scale.to(dtype)
 
 
 def checkpoint_tensors(model: nn.Module, layers: Mapping[str, nn.Linear], pack: Packer) -> dict[str, Tensor]:
