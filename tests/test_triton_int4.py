@@ -19,6 +19,7 @@ from gracekit.quant.triton_tensor import Int4TritonTensor
 pytest.importorskip("triton")
 from gracekit.quant import _int4_choices, _int4_launch
 from gracekit.quant._int4_launch import Schedule
+from gracekit.quant._triton_launch import processors
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -44,7 +45,7 @@ narrow = st.builds(
 )
 wide = st.builds(
     Schedule,
-    rows=st.sampled_from([64, 128]),
+    rows=st.sampled_from([64, 128, 256]),
     tokens=st.sampled_from([8, 16, 32] if CUDA else [16, 32]),
     parts=st.just(0),
     split=st.sampled_from([1, 2, 4]),
@@ -103,7 +104,8 @@ def test_the_layout_is_the_one_that_is_described():
 def test_the_kernel_multiplies_within_the_bound_whatever_the_schedule(seed, size, dtype, rows, schedule):
     codes, scale, packed, scales = drawn(seed, *size, dtype)
     x = normal(seed + 2, rows, 2 * size[1], dtype=dtype).to(DEVICE)[:, : size[1]]  # rows that are not contiguous
-    counters = torch.zeros(schedule.counters(len(packed) * 64, rows), dtype=torch.int32, device=DEVICE)
+    needed = schedule.counters(len(packed) * 64, rows, processors(torch.device(DEVICE)))
+    counters = torch.zeros(needed, dtype=torch.int32, device=DEVICE)
     y = _int4_launch.linear(x, packed, scales, counters, size[0], schedule)
     assert y.shape == (rows, size[0])
     assert y.dtype == dtype
@@ -237,17 +239,17 @@ def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors
 
 
 @given(st.integers(1, 2000), st.sampled_from([8, 132]))
-def test_the_last_tiles_are_dealt_out_so_that_no_multiprocessor_has_much_more_to_do(tiles, processors):
-    one, *dealt = _int4_choices._splits(tiles, processors)
+def test_the_last_tiles_are_dealt_out_so_that_no_multiprocessor_has_much_more_to_do(tiles, count):
+    one, *dealt = _int4_choices._splits(tiles, count)
     assert one == 1
     for split in dealt:
         schedule = Schedule(16, 8, 4, split, 4, 3, scaled=False)
-        whole = schedule.whole(16 * tiles, processors)
-        assert whole % processors == 0
-        assert 0 <= tiles - whole < processors
-        fullest = whole // processors + -(-(tiles - whole) * split // processors) / split
-        assert tiles / processors <= fullest <= -(-tiles // processors)
-    assert bool(dealt) == bool(tiles % processors)
+        whole = schedule.whole(16 * tiles, 8, count)
+        assert whole % count == 0
+        assert 0 <= tiles - whole < count
+        fullest = whole // count + -(-(tiles - whole) * split // count) / split
+        assert tiles / count <= fullest <= -(-tiles // count)
+    assert bool(dealt) == bool(tiles % count)
 
 
 @pytest.fixture

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logit of a masked class within the formula; what is further below any real logit is as masked.
-_MASKED = -1e30
+# Logit of a masked class within the formula, the same number in every dtype but float16; what is further below any real logit is
+# as masked.
+_MASKED = -(2.0**100)
 
 
 class DKDParameters(NamedTuple):
@@ -92,13 +93,17 @@ class _Rest(NamedTuple):
     log_odds_N1: Tensor  # of the target; +inf where all others are masked
 
 
-def _rest(logits_NK: Tensor, target_N1: Tensor, temperature: float) -> _Rest:
+def _rest(logits_NK: Tensor, target_N1: Tensor, temperature: float, dtype: torch.dtype) -> _Rest:
+    if logits_NK.dtype == torch.float16:
+        logits_NK = logits_NK.to(dtype)
     # A finite number for masked classes: differences and products of them stay numbers, where infinities would make NaN.
     rest_NK = logits_NK.clamp_min(_MASKED).scatter_(1, target_N1, _MASKED)
-    peak_N1 = rest_NK.amax(1, keepdim=True)
+    peak_N1 = rest_NK.amax(1, keepdim=True).to(dtype)
     no_rest_N1 = peak_N1 == _MASKED
     peak_N1 = torch.where(no_rest_N1, 0.0, peak_N1)
-    shifted_NK = rest_NK.sub_(peak_N1).mul_(1.0 / temperature)
+    # The first operation on all logits whose result needs more than their own dtype.
+    shifted_NK = rest_NK.sub_(peak_N1) if rest_NK.dtype == dtype else rest_NK - peak_N1
+    shifted_NK.mul_(1.0 / temperature)
     weight_NK = shifted_NK.exp()
     total_N1 = weight_NK.sum(1, keepdim=True)
     lse_N1 = torch.where(no_rest_N1, 0.0, total_N1.log())
@@ -171,9 +176,8 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
     temperature, alpha, beta, gated, classes = parameters
     target_N1 = target_N[:, None]
 
-    full_NV = student_NV.to(dtype)
-    student = _rest(full_NV[:, :classes], target_N1, temperature)
-    teacher = _rest(teacher_NV[:, :classes].to(dtype), target_N1, temperature)
+    student = _rest(student_NV[:, :classes], target_N1, temperature, dtype)
+    teacher = _rest(teacher_NV[:, :classes], target_N1, temperature, dtype)
     tckd_N1 = _binary_kl(teacher.log_odds_N1, student.log_odds_N1)
     nckd_N1 = _rest_kl(teacher, student, temperature)
     dkd_N1 = temperature**2 * (scaled(alpha, tckd_N1) + scaled(beta, nckd_N1))
@@ -181,7 +185,7 @@ def forward_rows(rows: Rows, parameters: DKDParameters, *, with_cross_entropy: b
     zeros_N1 = torch.zeros_like(tckd_N1)
     ce_peak_N1, ce_lse_N1, ce_odds_N1 = zeros_N1, zeros_N1, zeros_N1
     if with_cross_entropy:
-        ce = _rest(full_NV, target_N1, 1.0)
+        ce = _rest(student_NV, target_N1, 1.0, dtype)
         ce_peak_N1, ce_lse_N1, ce_odds_N1 = ce.peak_N1, ce.lse_N1, ce.log_odds_N1
     cross_entropy_N1 = -F.logsigmoid(ce_odds_N1) if with_cross_entropy else zeros_N1
 

@@ -52,7 +52,7 @@ _WIDE = {
     16: ((64, 4, False), (128, 4, False)),
     32: ((64, 4, False), (128, 8, False)),
     64: ((64, 4, True), (128, 8, True)),
-    128: ((64, 4, True), (128, 4, True), (128, 8, True)),
+    128: ((64, 4, True), (128, 8, True), (256, 8, True)),
     256: ((64, 4, True), (128, 8, True)),
 }
 
@@ -135,16 +135,13 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
         for split in _splits(-(-outputs // TILE) * (TILE // tile), processors)
         if split == 1 or chunks >= 2 * parts * split
     ]
-    # A hundred rows leave much of a block of 128 empty, or fill two of 64.
-    wide = [(width, *shape) for width in ((64, 128) if tokens == 128 else (tokens,)) for shape in _WIDE[width]]
-    for width, tile, warps, scaled in wide:
-        one = Schedule(tile, width, 0, 1, warps, _STAGES, scaled)
-        wanted = _FILLING * processors // one.programs(outputs, rows)
-        # Too few programs leave processors without work, more of them leave more to add.
-        splits = {max(1, split) for split in (wanted // 2, wanted, 2 * wanted)}
-        powers = {min(1 << (split.bit_length() - 1), max(1, chunks // 2)) for split in splits}
-        found += [one._replace(split=split) for split in sorted(powers)]
-    return found
+    return found + [
+        Schedule(tile, width, 0, split, warps, _STAGES, scaled)
+        for width in sorted({min(tokens, 64), min(tokens, 128), tokens})
+        for tile, warps, scaled in _WIDE[width]
+        for split in _splits(-(-outputs // tile) * -(-rows // width), processors)
+        if split == 1 or chunks >= 2 * split
+    ]
 
 
 def _splits(tiles: int, processors: int) -> tuple[int, ...]:
@@ -167,7 +164,7 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
     tried = [
         schedule
         for schedule in schedules(rows, outputs, packed.shape[1], properties.multi_processor_count)
-        if schedule.counters(len(packed) * TILE, rows) <= counters.numel()
+        if schedule.counters(len(packed) * TILE, rows, properties.multi_processor_count) <= counters.numel()
     ]
     kernel.compile_ahead(inputs, packed, scale, counters, outputs, tried)
     with torch.cuda.device(x.device):

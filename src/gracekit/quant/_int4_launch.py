@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
         rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` 64 at most.
         tokens: rows of x of a program, a power of two from 8 on.
         parts: chunks of inputs that a program of ``narrow_kernel`` takes at once; 0 for ``wide_kernel``.
-        split: programs among which a tile's inputs are dealt out; for ``narrow_kernel`` those of the last tiles, see ``whole``.
+        split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``.
         warps: of a program.
         stages: steps in flight.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
@@ -43,18 +43,25 @@ class Schedule(NamedTuple):
     stages: int
     scaled: bool
 
-    def programs(self, padded: int, count: int) -> int:
-        """Return how many tiles of y (count, padded) there are."""
-        return -(-padded // self.rows) * -(-count // self.tokens)
+    def tiles(self, padded: int, count: int) -> int:
+        """Return how many tiles of y (count, padded) there are; for ``narrow_kernel`` in a block of rows of x."""
+        return -(-padded // self.rows) * (1 if self.parts else -(-count // self.tokens))
 
-    def whole(self, padded: int, processors: int) -> int:
-        """Return how many tiles of outputs have one program of ``narrow_kernel`` each: full rounds of multiprocessors."""
-        tiles = padded // self.rows
+    def whole(self, padded: int, count: int, processors: int) -> int:
+        """Return how many tiles have one program each: full rounds of multiprocessors."""
+        tiles = self.tiles(padded, count)
         return tiles // processors * processors if self.split > 1 else tiles
 
-    def counters(self, padded: int, count: int) -> int:
-        """Return how many counters a product of ``count`` rows takes."""
-        return self.programs(padded, count) if self.split > 1 else 0
+    def places(self, padded: int, count: int, processors: int) -> int:
+        """Return how many sums are left in the workspace in shares: those of the tiles that are dealt out."""
+        dealt_out = self.tiles(padded, count) - self.whole(padded, count, processors)
+        return dealt_out * (-(-count // self.tokens) if self.parts else 1)
+
+    def counters(self, padded: int, count: int, processors: int) -> int:
+        """Return how many counters suffice for every product of ``count`` rows or fewer."""
+        if self.split == 1:
+            return 0
+        return self.places(padded, count, processors) if self.parts else min(self.tiles(padded, count), processors - 1)
 
 
 def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedule: Schedule) -> Tensor:
@@ -95,9 +102,13 @@ def _product(
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule
-    padded, shares = tiles * TILE, parts or split
+    padded, shares = tiles * TILE, parts or 1
+    whole = schedule.whole(padded, len(x), processors(x.device))
+    programs = whole + (schedule.tiles(padded, len(x)) - whole) * split
+    slabs = schedule.places(padded, len(x), processors(x.device)) * split
     early = launches_early(x.device)
-    sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded]
+    tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), counters]
+    sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded, whole]
     options = {
         "STEPS": triton.cdiv(chunks, shares),
         "G": chunks * CHUNK // scale.shape[0],
@@ -113,15 +124,9 @@ def _product(
     if early:
         options["launch_pdl"] = True
     if parts:
-        blocks, whole = triton.cdiv(len(x), tokens), schedule.whole(padded, processors(x.device))
-        programs = whole + (padded // rows - whole) * split
-        slabs = (programs - whole) * blocks * rows * tokens if split > 1 else 0
-        tensors = [x, packed, scale, y, x.new_empty(slabs, dtype=torch.float32), counters]
-        return narrow_kernel, (programs, blocks), tensors, [*sizes, whole], options | {"PARTS": parts}
-    programs = schedule.programs(padded, len(x))
-    slabs = programs * split * rows * tokens if split > 1 else 0
-    tensors = [x, packed, scale, y, x.new_empty(slabs, dtype=torch.float32), counters]
-    return wide_kernel, (programs, split), tensors, sizes, options | {"SCALED": scaled, "BAND": _BAND}
+        blocks = triton.cdiv(len(x), tokens)
+        return narrow_kernel, (programs, blocks), tensors, sizes, options | {"PARTS": parts}
+    return wide_kernel, (programs,), tensors, sizes, options | {"SCALED": scaled, "BAND": _BAND}
 
 
 def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

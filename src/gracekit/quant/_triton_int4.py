@@ -9,7 +9,8 @@ warp or a few each, take different chunks of the inputs of the same outputs, and
 summed per group in float32 and then take the group's scale in float32. All programs run at once, so the device waits for the
 multiprocessor with the most of them: tiles beyond the last full round of multiprocessors are dealt out among SPLIT programs.
 
-``wide_kernel`` is for more. Where its programs are too few to fill the device, the inputs are dealt out among SPLIT of them.
+``wide_kernel`` is for more, and deals tiles out likewise. Few rows of x beside many outputs make the best tile: what a program
+reads again and again comes from the cache, at some 25 bytes a cycle, and packed weights are a quarter the size.
 For very many rows the weights that it multiplies are q * s rounded once, as training's forward has them, which leaves the tensor
 cores one sum to keep. ``values_kernel`` writes those, for a dense product.
 
@@ -138,6 +139,20 @@ def _add_step(
     return total
 
 
+@triton.jit
+def _part(program, whole, STEPS: tl.constexpr, SPLIT: tl.constexpr):
+    """The tile of a program, which of its SPLIT shares that is, and its first step and the one after its last."""
+    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    tile, share, begin, end = program, 0, 0, STEPS
+    if SPLIT > 1:
+        beyond = program - whole
+        share = tl.where(beyond < 0, 0, beyond % SPLIT)
+        tile = tl.where(beyond < 0, program, whole + beyond // SPLIT)
+        begin = share * SHARE
+        end = tl.where(beyond < 0, STEPS, tl.minimum(begin + SHARE, STEPS))
+    return tile, share, begin, end
+
+
 @triton.jit(do_not_specialize=["M", "chunks", "whole"])
 def narrow_kernel(
     x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded, whole,
@@ -150,14 +165,7 @@ def narrow_kernel(
     MASKED: the last step may lie beyond the inputs.
     EARLY: launched while the kernel before it ends; waits for what that has written.
     """
-    SHARE: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    tile, share, begin, end = tl.program_id(0), 0, 0, STEPS
-    if SPLIT > 1:
-        beyond = tile - whole
-        share = tl.where(beyond < 0, 0, beyond % SPLIT)
-        tile = tl.where(beyond < 0, tile, whole + beyond // SPLIT)
-        begin = share * SHARE
-        end = tl.where(beyond < 0, STEPS, tl.minimum(begin + SHARE, STEPS))
+    tile, share, begin, end = _part(tl.program_id(0), whole, STEPS, SPLIT)
     lane = tl.arange(0, PARTS * ROWS)  # an output row of a part
     row = tile * ROWS + lane % ROWS
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -210,42 +218,41 @@ def _add_shares(
         tl.store(counters + place, 0)
 
 
-@triton.jit(do_not_specialize=["M", "chunks"])
+@triton.jit(do_not_specialize=["M", "chunks", "whole"])
 def wide_kernel(
-    x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded,
+    x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded, whole,
     STEPS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
     SCALED: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of TOKENS rows of x, over one of SPLIT shares of the inputs; the rest as in ``narrow_kernel``.
+    """ROWS outputs of TOKENS rows of x; tiles beyond ``whole`` and the rest as in ``narrow_kernel``.
 
     SCALED: what is multiplied is q * s in x's dtype; else q, and the sum over a group times s.
     BAND: blocks of rows of x that go through all tiles together, so that the cache holds them.
     """
-    share = tl.program_id(1)
+    place, share, begin, end = _part(tl.program_id(0), whole, STEPS, SPLIT)
     tiles = tl.cdiv(padded, ROWS)
-    first = tl.program_id(0) // (BAND * tiles) * BAND
+    first = place // (BAND * tiles) * BAND
     size = min(tl.cdiv(M, TOKENS) - first, BAND)
-    inside = tl.program_id(0) % (BAND * tiles)
+    inside = place % (BAND * tiles)
     tile, block = inside // size, first + inside % size
     row = tile * ROWS + tl.arange(0, ROWS)
     token = block * TOKENS + tl.arange(0, TOKENS)
     k = tl.arange(0, G)[:, None]
     words = packed + ((row // _TILE).to(tl.int64) * (chunks * _TILE) + row % _TILE)[:, None] * _WORDS
-    inputs = x + token.to(tl.int64)[None, :] * stride + k
-    is_token = (token < M)[None, :]
+    # Rows beyond the last are computed from it and not written: a mask of loads costs instructions at every step.
+    inputs = x + tl.minimum(token, M - 1).to(tl.int64)[None, :] * stride + k
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        chunk = step * SPLIT + share
+    for chunk in tl.range(begin, end, num_stages=STAGES):
         left = K - chunk * _CHUNK
         is_packed = (row < padded) & (left > 0)
         codes = _codes(words + chunk * (_TILE * _WORDS), is_packed[:, None], x.dtype.element_ty, MASKED, ASSEMBLY)
         for group in tl.static_range(_CHUNK // G):
             at = scale + (chunk * (_CHUNK // G) + group) * padded + row
             s = tl.load(at, mask=is_packed, other=0.0) if MASKED else tl.load(at)
-            here = is_token & (k < left - group * G) if MASKED else is_token
-            v = tl.load(inputs + (chunk * _CHUNK + group * G), mask=here, other=0.0)
+            v_at = inputs + (chunk * _CHUNK + group * G)
+            v = tl.load(v_at, mask=k < left - group * G, other=0.0) if MASKED else tl.load(v_at)
             q = _side_by_side(codes, group * (G // _WORDS), G // _WORDS, ROWS)
             if SCALED:
                 total = tl.dot(_weights(q, s, x.dtype.element_ty).to(q.dtype), v.to(q.dtype), total)
@@ -253,11 +260,11 @@ def wide_kernel(
                 total += tl.dot(q, v.to(q.dtype)) * s[:, None]
 
     out = y + token.to(tl.int64)[None, :] * N + row[:, None]
-    written = is_token & (row < N)[:, None]
-    if SPLIT == 1:
+    written = (token < M)[None, :] & (row < N)[:, None]
+    if SPLIT == 1 or place < whole:
         tl.store(out, total.to(y.dtype.element_ty), mask=written)
     else:
-        _add_shares(total, share, block * tiles + tile, partial, counters, out, written, SPLIT, ROWS, TOKENS)
+        _add_shares(total, share, place - whole, partial, counters, out, written, SPLIT, ROWS, TOKENS)
 
 
 @triton.jit
