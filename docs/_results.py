@@ -400,6 +400,7 @@ def build(*_: object) -> None:
         inference(device)
         ablation(device)
         distillation_parts(device)
+    ablation("nvidia-h100")
 
 
 if __name__ == "__main__":
