@@ -238,8 +238,10 @@ def test_one_error_lists_what_both_passes_found(tmp_path):
         tmp_path, [{"id": "x"}, {"conversations": turns("a", "7")}, GOOD, {"conversations": turns("a" * 9, "b")}]
     )
     file = tmp_path / "bad.jsonl"
+    known = []
     with pytest.raises(BadRecordsError, match=f"also in {file}") as caught:
-        find_conversations(path, bad_records_file=file).check_lengths(Counting(), 8)
+        find_conversations(path, bad_records_file=file, begin=known.append).check_lengths(Counting(), 8)
+    assert known == [4]
     assert [bad.kind for bad in caught.value.records] == ["no conversation", "cannot be encoded", "too long"]
     assert len(file.read_text().splitlines()) == 3
     skipped = find_conversations(path, on_bad_record="skip", bad_records_file=file).check_lengths(Counting(), 8)

@@ -22,6 +22,7 @@ from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.callbacks import latest_checkpoint
 from gracekit.recipe.cli import main
 from gracekit.recipe.pairs import Pair, check_memory, memory_needed, scales_folder
+from gracekit.recipe.progress import Bars
 from gracekit.recipe.train import finish
 
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
@@ -276,6 +277,24 @@ def test_bad_records_are_all_listed_and_written_before_anything_is_trained(home,
     said = " ".join(capsys.readouterr().out.split())
     assert "3 of 10 records left out (1 cannot be encoded, 1 missing image, 1 empty answer), listed in" in said
     assert "bad_records.jsonl" in said
+
+
+def test_both_passes_over_the_records_show_how_much_of_them_is_left(home, tmp_path, monkeypatch):
+    """The second has fewer to do where the first has found bad ones."""
+    records = json.loads((home / "data" / "train.json").read_text())
+    records[2]["conversations"][1]["value"] = ""
+    path = home / "data" / "one_bad.json"
+    path.write_text(json.dumps(records))
+    shown = []
+
+    class Kept(Bars):
+        def stop(self):
+            shown.extend((task.description, task.completed, task.total, task.visible) for task in self.tasks)
+            super().stop()
+
+    monkeypatch.setattr("gracekit.recipe.progress.Bars", Kept)
+    assert main(arguments(home, tmp_path / "run", "--data", path, "--on_bad_record", "skip", "--losses", "ce")) == 0
+    assert shown[:2] == [("data: look at every record", 10, 10, True), ("data: encode every record", 9, 9, True)]
 
 
 def test_records_that_are_too_long_are_bad_ones(home, tmp_path, capsys):

@@ -186,12 +186,14 @@ def find_conversations(
     on_bad_record: str = "stop",
     bad_records_file: str | Path | None = None,
     threads: int = _THREADS,
+    begin: Callable[[int], Any] = lambda count: None,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> Conversations:
     """Read conversations as :func:`load_conversations` does, and leave what is bad for later.
 
     The result's :meth:`~Conversations.check_lengths` or :meth:`~Conversations.settle` raises or leaves out all that is bad by then,
-    so that one error lists what both passes found.
+    so that one error lists what both passes found. ``begin`` is called once with the number of records, before the first is
+    looked at.
 
     Raises:
         ValueError: ``data`` is nothing of that kind.
@@ -200,6 +202,7 @@ def find_conversations(
     source, home = open_source(data)
     folder = Path(image_folder) if image_folder is not None else home
     seen: dict[Path, str] = {}
+    begin(len(source))
 
     def check(number: int) -> BadRecord | None:
         identity = str(number)

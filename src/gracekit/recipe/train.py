@@ -107,20 +107,17 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
         ValueError: the pair does not fit, or memory does not suffice.
     """
     data, training = config.data, config.training
+    main_process = training.process_index == 0
     with progress_bars() as bars:
-        task = bars.add_task("data: look at every record", total=None) if training.process_index == 0 else None
-
-        def advance(count: int) -> None:
-            if task is not None:
-                bars.advance(task, count)
-
+        look = bars.add_task("data: look at every record", total=None, visible=main_process)
         records = find_conversations(
             data.data,
             data.image_folder or None,
             on_bad_record=data.on_bad_record,
             # One writer; the other ranks find the same.
-            bad_records_file=folder / BAD_RECORDS if training.process_index == 0 else None,
-            advance=advance,
+            bad_records_file=folder / BAD_RECORDS if main_process else None,
+            begin=lambda count: bars.update(look, total=count),
+            advance=lambda count: bars.advance(look, count),
         )
         problems = check_pair(pair, records)
         problems += check_memory(memory_needed(pair, config, ranks=training.world_size), training.device)
@@ -132,7 +129,9 @@ def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversati
             problems += check_memory({"teacher": bytes_of(pair.teacher)}, training.device)  # while it answers
         if problems:
             raise ValueError("this pair cannot be trained: " + "; ".join(problems))
-        return records.check_lengths(pair.processor, data.max_length, advance=advance)
+        # A bar of its own: an image takes far longer to decode than to be looked at, and the time left follows from the pace.
+        encode = bars.add_task("data: encode every record", total=len(records), visible=main_process)
+        return records.check_lengths(pair.processor, data.max_length, advance=lambda count: bars.advance(encode, count))
 
 
 def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, folder: Path) -> GraceTrainer:
