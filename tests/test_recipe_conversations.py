@@ -88,7 +88,7 @@ def test_a_data_set_holds_its_pictures_itself(tmp_path):
         assert open_images(records[0])[0].tobytes() == drawing(0)[0].tobytes()
     bytes_only = made.cast_column("images", datasets.List(datasets.Image(decode=False)))
     assert open_images(load_conversations(bytes_only)[0])[0].tobytes() == drawing(0)[0].tobytes()
-    with pytest.raises(ValueError, match=r"an iterable one has to be saved first.* got IterableDataset"):
+    with pytest.raises(ValueError, match=r"an iterable one is for a ConversationStream.* got IterableDataset"):
         load_conversations(made.to_iterable_dataset())
     datasets.DatasetDict(train=made).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match=r"must be one split, got .* with splits \['train'\]"):

@@ -28,6 +28,7 @@ from gracekit.recipe.blank_picture import BlankPicture, has_pictures
 from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
+from gracekit.recipe.conversation_stream import deal_out
 from gracekit.recipe.distillation import ROWS, Reader, Teacher, TeacherSignal, head_weight, supervised_rows
 from gracekit.recipe.meters import Meters
 from gracekit.recipe.sharding import check_launch, complete_states, has_learned_scales, is_sharded, shard_student
@@ -123,14 +124,15 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         return self.calibration is None or self.calibration.target is not None
 
     def get_train_dataloader(self) -> Any:
-        """Return the loader; its batches stay on the CPU until their turn."""
+        """Return the loader; its batches stay on the CPU until their turn, and each rank reads its own."""
         placed = self.accelerator.device_placement
-        # Of a data set without a length accelerate's loader sends batches to other ranks, from the device.
-        self.accelerator.device_placement = placed and not hasattr(self.train_dataset, "__len__")
+        self.accelerator.device_placement = False
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.accelerator.device_placement = placed
+        deal_out(loader, self.args.process_index, self.args.world_size)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
