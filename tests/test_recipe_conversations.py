@@ -88,7 +88,7 @@ def test_a_data_set_holds_its_pictures_itself(tmp_path):
         assert open_images(records[0])[0].tobytes() == drawing(0)[0].tobytes()
     bytes_only = made.cast_column("images", datasets.List(datasets.Image(decode=False)))
     assert open_images(load_conversations(bytes_only)[0])[0].tobytes() == drawing(0)[0].tobytes()
-    with pytest.raises(ValueError, match=r"an iterable one has to be saved first.* got IterableDataset"):
+    with pytest.raises(ValueError, match=r"an iterable one is for a ConversationStream.* got IterableDataset"):
         load_conversations(made.to_iterable_dataset())
     datasets.DatasetDict(train=made).save_to_disk(tmp_path / "splits")
     with pytest.raises(ValueError, match=r"must be one split, got .* with splits \['train'\]"):
@@ -238,8 +238,10 @@ def test_one_error_lists_what_both_passes_found(tmp_path):
         tmp_path, [{"id": "x"}, {"conversations": turns("a", "7")}, GOOD, {"conversations": turns("a" * 9, "b")}]
     )
     file = tmp_path / "bad.jsonl"
+    known = []
     with pytest.raises(BadRecordsError, match=f"also in {file}") as caught:
-        find_conversations(path, bad_records_file=file).check_lengths(Counting(), 8)
+        find_conversations(path, bad_records_file=file, begin=known.append).check_lengths(Counting(), 8)
+    assert known == [4]
     assert [bad.kind for bad in caught.value.records] == ["no conversation", "cannot be encoded", "too long"]
     assert len(file.read_text().splitlines()) == 3
     skipped = find_conversations(path, on_bad_record="skip", bad_records_file=file).check_lengths(Counting(), 8)

@@ -86,11 +86,24 @@ def training_arguments(folder, *, batch_size, accumulate, steps=1, **options):
     return TrainingArguments(**settings | options)
 
 
-def one_step(folder, *, losses, batch_size, accumulate, from_hidden, samples=range(8)):
+class CountingTrainer(GraceTrainer):
+    """Keeps what transformers counts in an optimiser step, and what the losses of that step are divided by."""
+
+    counted = ()
+
+    def get_batch_samples(self, *args):
+        batches, items = super().get_batch_samples(*args)
+        self.counted = items, batches[0]["grace_share"].counts["token_count"]
+        return batches, items
+
+
+def one_step(
+    folder, *, losses, batch_size, accumulate, from_hidden, samples=range(8), kind=GraceTrainer, collate=collate
+):
     torch.manual_seed(0)
     student, teacher = pair()
     catch = Catch()
-    trainer = GraceTrainer(
+    trainer = kind(
         losses=losses,
         objective=objective(),
         teacher=Teacher(teacher, student, from_hidden=from_hidden, visual=True),
@@ -125,6 +138,38 @@ def test_micro_batches_have_the_gradient_of_one_batch(tmp_path, losses, from_hid
         assert entries[0] == pytest.approx(entries[1], rel=1e-5), name
     controllers = [t.objective.controller.state_dict() for t in (whole, parts)]
     torch.testing.assert_close(*controllers, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def collate_first_token_supervised(samples):
+    batch = collate(samples)
+    batch["labels"][:, 0] = batch["input_ids"][:, 0]
+    return batch
+
+
+def test_the_tokens_of_a_step_are_as_many_as_transformers_counts(tmp_path):
+    """A first token is never predicted, and neither side counts it."""
+    options = {"losses": "ce", "batch_size": 2, "accumulate": 4, "from_hidden": True, "kind": CountingTrainer}
+    for number, collator in enumerate((collate, collate_first_token_supervised)):
+        _, trainer = one_step(tmp_path / str(number), **options, collate=collator)
+        assert trainer.counted == (sum(SUPERVISED), sum(SUPERVISED))
+
+
+@pytest.mark.parametrize("losses", ["ce", "kl", "grace"])
+def test_a_part_of_a_batch_without_counts_has_its_share_of_the_tokens_that_a_caller_names(tmp_path, losses):
+    """Cross-entropy and divergence add up to those of the whole batch; all else is a mean over parts by tokens."""
+    _, trainer = one_step(tmp_path, losses=losses, batch_size=8, accumulate=1, from_hidden=True)
+    parts, total = [range(2), range(2, 5), range(5, 8)], sum(SUPERVISED)
+
+    def loss(part, **options):
+        return trainer.compute_loss(trainer.model, collate([sample(i) for i in part]), **options)
+
+    named = [loss(part, num_items_in_batch=total) for part in parts]
+    torch.testing.assert_close(loss(parts[0], num_items_in_batch=torch.tensor(total)), named[0])
+    for part, found in zip(parts, named, strict=True):
+        torch.testing.assert_close(found, loss(part) * sum(SUPERVISED[i] for i in part) / total)
+    if losses != "grace":
+        torch.testing.assert_close(sum(named), loss(range(8)))
+    assert loss([3], num_items_in_batch=0).isfinite()  # a batch without a supervised token, counted alone
 
 
 def test_hidden_states_and_logits_give_one_gradient(tmp_path):
@@ -222,7 +267,9 @@ def ddp_rank(rank, world, folder, expected):
     # As torchrun sets it; the group itself stands already.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    found, trainer = one_step(folder, losses="grace", batch_size=2, accumulate=2, from_hidden=True)
+    options = {"losses": "grace", "batch_size": 2, "accumulate": 2, "from_hidden": True}
+    found, trainer = one_step(folder, **options, kind=CountingTrainer)
+    assert trainer.counted == (sum(SUPERVISED), sum(SUPERVISED))
     assert trainer.args.world_size == world
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
     assert_equal_gradients(found, expected["gradients"])
@@ -232,6 +279,14 @@ def ddp_rank(rank, world, folder, expected):
     dist.all_gather(every, controller.multiplier)
     assert torch.equal(*every)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    # A rank's part of a batch that comes without counts: the mean over ranks, which DDP takes, is the loss of all.
+    part = collate([sample(i) for i in range(4 * rank, 4 * rank + 4)])
+    trainer.losses = "ce"
+    with torch.no_grad():
+        mean = trainer.compute_loss(trainer.model, dict(part), num_items_in_batch=sum(SUPERVISED))
+        dist.all_reduce(mean)
+        whole = trainer.compute_loss(trainer.model, collate([sample(i) for i in range(8)]))
+    torch.testing.assert_close(mean / world, whole)
 
 
 def fsdp_rank(rank, world, expected):

@@ -8,6 +8,10 @@ from hypothesis import strategies as st
 
 from gracekit.recipe.metrics import choice_score, chosen_option, exact_match, normalise, options_in, vqa_score
 
+NEGATED = [
+    "not {}", "Not ({}).", "The answer is not {}", "The answer isn't **{}**.", "It cannot be {}", "it can\u2019t be option {}",
+    "I don't think that it is {}", "{} is not the answer", "Option ({}) isn't the right choice", "It is never {}.",
+]  # fmt: skip
 WORDS = ["red", "wine glass", "metal", "frog", "olive", "3 apples", "north of it", "climate"]
 TEMPLATES = [
     "{}", "({})", "{}.", "{})", "({}).", "{}:", " {}\n", "**{}**", "The answer is {}", "The answer is ({}).", "Answer: {}",
@@ -99,6 +103,62 @@ def test_an_options_text_is_found_alone_in_a_sentence_and_after_its_letter(count
         st.sampled_from(["{1}", "{1}.", "It is the {1}, I think", "the answer is a {1}", "{0}. {1}", "({0}) {1}"])
     )
     assert chosen_option(form.format(letter, listed[letter]), listed) == letter
+
+
+@given(st.sampled_from(NEGATED), st.booleans(), st.data())
+def test_what_an_answer_negates_is_not_what_it_chooses(form, by_text, data):
+    listed = options(6)
+    out, chosen = data.draw(st.lists(st.sampled_from(sorted(listed)), min_size=2, max_size=2, unique=True))
+    negated = form.format(listed[out] if by_text else out)
+    assert chosen_option(negated, listed) is None
+    for both in (f"{negated}. The answer is {chosen}.", f"It is the {listed[chosen]}, {negated}"):
+        assert chosen_option(both, listed) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("C, not B", "C"),
+        ("It's B, not A.", "B"),
+        ("The correct answer is not B, it is C.", "C"),
+        ("It is not A, B or C", None),
+        ("It is neither A nor B, so the answer is C", "C"),
+        ("It isn't a cat or a dog", None),
+        ("Not a dog but a cat", "A"),
+        ("the answer is not b", None),
+        ("not A and B", None),
+    ],
+)
+def test_several_choices_may_be_negated_and_one_left(text, letter):
+    assert chosen_option(text, {"A": "a cat", "B": "a dog", "C": "a bird"}) == letter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B is not a mammal",
+        "The one that is not a mammal is B",
+        "B is not correct",
+        "B, because the others are not magnetic",
+        "I'm not sure, but B",
+        "I do not know. B",
+        "The answer is B, not because it barks",
+        "not only B",
+    ],
+)
+def test_a_negation_of_something_else_leaves_the_choice(text):
+    assert chosen_option(text, {"A": "a cat", "B": "a dog", "C": "a bird"}) == "B"
+
+
+def test_an_option_may_be_a_negation_itself():
+    listed = {"A": "a mammal", "B": "not a mammal", "C": "It can't fly."}
+    for text, letter in (
+        ("It is not a mammal", "B"),
+        ("not a mammal", "B"),
+        ("a mammal", "A"),
+        ("it cannot fly", None),
+    ):
+        assert chosen_option(text, listed) == letter
 
 
 @given(st.integers(2, 8), st.sampled_from(["{0}. {1}", "({0}) {1}", "{0}) {1}", "{0}: {1}"]), st.booleans())

@@ -66,6 +66,17 @@ def test_an_edited_data_file_is_refused(tmp_path):
     assert open_run(config, folder)
 
 
+def test_streamed_data_are_known_without_being_read(tmp_path, monkeypatch):
+    options = ("--streaming", "true", "--max_steps", "9")
+    config, folder = configured(tmp_path, *options), tmp_path / "run"
+    monkeypatch.setattr("gracekit.recipe.digests._content", lambda path: pytest.fail("read"))
+    begin(config, folder)
+    assert open_run(config, folder)
+    (tmp_path / "train.json").write_text("[2, 3]")
+    with pytest.raises(FileExistsError, match=r"with other ones .*: data_sha256: '\w{16}' -> '\w{16}'$"):
+        open_run(config, folder)
+
+
 def test_another_number_of_ranks_is_refused(tmp_path):
     config, folder = configured(tmp_path), tmp_path / "run"
     begin(config, folder)

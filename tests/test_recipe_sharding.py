@@ -5,16 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from tiny_models import tiny_llava
 from transformers import TrainingArguments
 
-from gracekit.recipe.sharding import check_launch, complete_states
+from gracekit.recipe.pairs import Pair, memory_needed
+from gracekit.recipe.sharding import check_launch, complete_states, zero_stage
 
 
 def deepspeed(stage, **dtypes):
     """Arguments as transformers makes them of a DeepSpeed configuration, where that package is installed."""
-    values = {f"{name}.enabled": value for name, value in dtypes.items()}
-    config = SimpleNamespace(is_zero3=lambda: stage == 3, get_value=lambda name, default: values.get(name, default))
-    plugin = SimpleNamespace(hf_ds_config=config)
+    given = {"zero_optimization": {"stage": stage}} | {name: {"enabled": value} for name, value in dtypes.items()}
+    plugin = SimpleNamespace(hf_ds_config=HfDeepSpeedConfig(given))
     return SimpleNamespace(deepspeed_plugin=plugin, fsdp=False, bf16=bool(dtypes.get("bf16")), fp16=False)
 
 
@@ -30,6 +32,32 @@ def test_deepspeed_is_refused_where_it_would_round_scales_or_hide_weights():
         (hidden,) = check_launch(deepspeed(3), learned=learned)
         assert "ZeRO-3 has partitioned cannot be read" in hidden
         assert "stage=3" in hidden
+
+
+def test_the_stage_of_zero_is_that_of_the_arguments():
+    assert [zero_stage(deepspeed(stage)) for stage in (0, 1, 2, 3)] == [0, 1, 2, 3]
+    assert zero_stage(SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=HfDeepSpeedConfig({})))) == 0
+    assert zero_stage(SimpleNamespace()) == 0
+
+
+@pytest.mark.parametrize(
+    ("training", "shares"),
+    [
+        (deepspeed(0), (1, 1, 1)),
+        (deepspeed(1), (1, 1, 8)),
+        (deepspeed(2), (1, 8, 8)),
+        (SimpleNamespace(fsdp=True), (8, 8, 8)),
+        (SimpleNamespace(fsdp=False), (1, 1, 1)),
+    ],
+    ids=["deepspeed-0", "zero-1", "zero-2", "fsdp", "ddp"],
+)
+def test_the_memory_of_a_rank_is_what_its_sharding_leaves_there(training, shares):
+    """Weights, gradients and Adam's two moments on eight ranks."""
+    training.optim = "adamw_torch"
+    pair = Pair(student=tiny_llava(), teacher=None, processor=None, teacher_processor=None)
+    needed = memory_needed(pair, SimpleNamespace(training=training, pair=None), ranks=8)
+    size = 4 * sum(parameter.numel() for parameter in pair.student.parameters())
+    assert list(needed.values()) == [size / shares[0], size / shares[1], 2 * size / shares[2]]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.callbacks import latest_checkpoint
 from gracekit.recipe.cli import main
 from gracekit.recipe.pairs import Pair, check_memory, memory_needed, scales_folder
+from gracekit.recipe.progress import Bars
 from gracekit.recipe.train import finish
 
 FAMILIES = ("llava", "qwen2_vl", "qwen3_vl")
@@ -35,6 +36,7 @@ def home(tmp_path_factory):
         size = {"width": 64} if family == "llava" else {"layers": 4}
         save_pair(folder / f"{family}-teacher", family, seed=2, vocab_size=320, **size)
     write_llava(folder / "data", 10)
+    write_llava(folder / "data", 10, name="train.jsonl")
     return folder
 
 
@@ -46,6 +48,10 @@ def arguments(home, output, *more, family="llava"):
         "max_length": 400,
     }  # fmt: skip
     return ["train", *(part for name, value in options.items() for part in (f"--{name}", str(value))), *map(str, more)]
+
+
+def streaming(home, *more, name="train.jsonl"):
+    return ["--data", home / "data" / name, "--streaming", "true", *more]
 
 
 def history(output):
@@ -278,6 +284,24 @@ def test_bad_records_are_all_listed_and_written_before_anything_is_trained(home,
     assert "bad_records.jsonl" in said
 
 
+def test_both_passes_over_the_records_show_how_much_of_them_is_left(home, tmp_path, monkeypatch):
+    """The second has fewer to do where the first has found bad ones."""
+    records = json.loads((home / "data" / "train.json").read_text())
+    records[2]["conversations"][1]["value"] = ""
+    path = home / "data" / "one_bad.json"
+    path.write_text(json.dumps(records))
+    shown = []
+
+    class Kept(Bars):
+        def stop(self):
+            shown.extend((task.description, task.completed, task.total, task.visible) for task in self.tasks)
+            super().stop()
+
+    monkeypatch.setattr("gracekit.recipe.progress.Bars", Kept)
+    assert main(arguments(home, tmp_path / "run", "--data", path, "--on_bad_record", "skip", "--losses", "ce")) == 0
+    assert shown[:2] == [("data: look at every record", 10, 10, True), ("data: encode every record", 9, 9, True)]
+
+
 def test_records_that_are_too_long_are_bad_ones(home, tmp_path, capsys):
     assert "too long" in refused(home, tmp_path, capsys, "--max_length", "30")
 
@@ -361,6 +385,71 @@ def test_the_memory_of_the_optimiser_is_that_of_the_one_asked_for(optim, bytes_a
     assert needed["the optimiser's moments"] == bytes_a_weight * weights
 
 
+def with_a_bad_record(home):
+    """Write the lines with the fourth one's answer missing, and give the file's name."""
+    records = [json.loads(line) for line in (home / "data" / "train.jsonl").read_text().splitlines()]
+    records[3]["conversations"][1]["value"] = ""
+    path = home / "data" / "one_bad.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path.name
+
+
+def test_a_streamed_run_reads_records_in_their_order_and_says_what_it_has_not_looked_at(home, tmp_path, capsys):
+    """Its first pass is that of indexed data in sequence."""
+    options = ["--max_steps", "5"]
+    assert main(arguments(home, tmp_path / "stream", *options, *streaming(home))) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Streaming: the first 10 good records were looked at" in said
+    assert "a bad one stops the run" in said
+    assert main(arguments(home, tmp_path / "whole", *options, "--train_sampling_strategy", "sequential")) == 0
+    for ours, theirs in zip(history(tmp_path / "stream"), history(tmp_path / "whole"), strict=True):
+        assert [ours[name] for name in ("loss", "gdkd", "beta")] == [theirs[name] for name in ("loss", "gdkd", "beta")]
+    assert not (tmp_path / "stream" / "bad_records.jsonl").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streamed_run_stops_at_a_bad_record_or_counts_what_it_leaves_out(
+    home, tmp_path, capsys, monkeypatch, workers
+):
+    """The bad record lies behind those that are looked at beforehand."""
+    monkeypatch.setattr("gracekit.recipe.train_data.LOOKED_AT", 2)
+    options = streaming(home, "--dataloader_num_workers", workers, name=with_a_bad_record(home))
+    message = refused(home, tmp_path, capsys, *options)
+    assert message.splitlines()[-1] == (
+        "gracekit train: error: data must hold good records only, or be read with on_bad_record='skip', "
+        "got record 3 ('r3'): empty answer"
+    )
+    assert len((tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()) == 1
+    assert main(arguments(home, tmp_path / "run", *options, "--on_bad_record", "skip", "--max_steps", "6")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Streaming: the first 2 good records were looked at" in said
+    assert f"1 records left out (1 empty answer), listed in {tmp_path / 'run' / 'bad_records.jsonl'}" in said
+
+
+def test_a_stream_that_has_stopped_at_a_bad_record_goes_on_without_it(home, tmp_path, capsys, monkeypatch):
+    """From its checkpoint, to the weights of a run that has left bad records out from the beginning."""
+    monkeypatch.setattr("gracekit.recipe.train_data.LOOKED_AT", 2)
+    steps = ["--per_device_train_batch_size", "1", "--save_steps", "1", "--max_steps", "5"]
+    options, skip = streaming(home, *steps, name=with_a_bad_record(home)), ["--on_bad_record", "skip"]
+    assert main(arguments(home, tmp_path / "cut", *options)) == 2
+    assert latest_checkpoint(tmp_path / "cut")
+    capsys.readouterr()
+    assert main(arguments(home, tmp_path / "cut", *options, *skip)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Going on from" in said
+    assert "1 records left out (1 empty answer)" in said
+    assert main(arguments(home, tmp_path / "whole", *options, *skip)) == 0
+    cut, whole = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(cut[name], weight) for name, weight in whole.items())
+
+
+def test_a_streamed_run_checks_its_pair_beforehand(home, tmp_path, capsys):
+    other = ["--teacher", home / "qwen2_vl-teacher"]
+    assert "tokenizers must give every token one id" in refused(home, tmp_path, capsys, *streaming(home), *other)
+    bad = "must be a .jsonl file or a saved data set"
+    assert bad in refused(home, tmp_path, capsys, *streaming(home, name="train.json"))
+
+
 # Dies before the last file of its second checkpoint is written, without a chance to clean up.
 KILLED_WHILE_SAVING = """
 import os, signal, sys
@@ -378,9 +467,16 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_a_random_step_ends_with_the_weights_of_one_that_was_not(home, tmp_path):
-    """In processes of their own: killed once inside a checkpoint, and once from outside as soon as a later one appears."""
+@pytest.mark.parametrize("streamed", [False, True], ids=["indexed", "streamed"])
+def test_a_run_killed_at_a_random_step_ends_with_the_weights_of_one_that_was_not(home, tmp_path, streamed):
+    """In processes of their own: killed once inside a checkpoint, and once from outside as soon as a later one appears.
+
+    What is streamed goes round the data ten times, comes from two workers and has a bad record, which is written once.
+    """
     steps = ["--max_steps", "24", "--gradient_accumulation_steps", "2", "--tau", "auto"]
+    if streamed:
+        name = with_a_bad_record(home)
+        steps += streaming(home, "--on_bad_record", "skip", "--dataloader_num_workers", "2", name=name)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -405,6 +501,8 @@ def test_a_run_killed_at_a_random_step_ends_with_the_weights_of_one_that_was_not
         ours, theirs = load_file(cut / "model" / name), load_file(whole / "model" / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for output in (whole, cut) if streamed else ():
+        assert [json.loads(line)["id"] for line in (output / "bad_records.jsonl").read_text().splitlines()] == ["r3"]
     kept = ("loss", "beta", "ema", "tau")
     assert [[entry.get(name) for name in kept] for entry in history(cut)] == [
         [entry.get(name) for name in kept] for entry in history(whole)
@@ -412,11 +510,14 @@ def test_a_run_killed_at_a_random_step_ends_with_the_weights_of_one_that_was_not
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(home, tmp_path):
+@pytest.mark.parametrize("streamed", [False, True], ids=["indexed", "streamed"])
+def test_two_processes_train_one_model(home, tmp_path, streamed):
     """As torchrun starts them; every step sees all ten records, so it is the step of one process."""
     output = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--per_device_train_batch_size", "5", "--max_steps", "2"]  # all ten records a step
+    if streamed:
+        options += map(str, streaming(home))
     command = [*launcher, "-m", "gracekit.recipe.cli", *arguments(home, output, *options)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

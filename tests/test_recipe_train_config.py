@@ -99,6 +99,15 @@ def test_a_file_goes_over_its_preset_and_flags_over_the_file(tmp_path):
         (["--max_length", "1"], "max_length must be at least 2, got max_length=1"),
         (["--teacher", ""], "teacher must name a model for losses='grace'"),
         (["--student", ""], "student must name a model"),
+        (["--streaming", "true"], "max_steps must be given with streaming, which has no end, got max_steps=-1"),
+        (
+            ["--streaming", "true", "--max_steps", "9", "--teacher_mode", "precomputed"],
+            "teacher_mode must be 'online' or 'offload' with streaming",
+        ),
+        (
+            ["--streaming", "true", "--max_steps", "9", "--train_sampling_strategy", "group_by_length"],
+            "train_sampling_strategy must be left out with streaming",
+        ),
         (["--relational_warmup", "-1"], "relational_warmup must be at least 0"),
     ],
 )
@@ -172,3 +181,10 @@ def test_only_settings_that_change_the_result_make_another_run():
     assert parse([*NEEDED, "--logging_steps", "3", "--dataloader_num_workers", "2"]).differences(first) == []
     differences = parse([*NEEDED, "--omega", "4", "--seed", "1"]).differences(first)
     assert differences == ["omega: 1.0 -> 4.0", "seed: 42 -> 1"]
+
+
+def test_the_workers_of_a_stream_are_part_of_its_order_and_bad_records_are_not():
+    options = [*NEEDED, "--streaming", "true", "--max_steps", "9"]
+    first = json.loads(json.dumps(parse(options).as_dict()))
+    assert parse([*options, "--logging_steps", "3", "--on_bad_record", "skip"]).differences(first) == []
+    assert parse([*options, "--dataloader_num_workers", "2"]).differences(first) == ["dataloader_num_workers: 0 -> 2"]

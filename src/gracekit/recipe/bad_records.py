@@ -57,15 +57,26 @@ class BadRecordsError(ValueError):
         super().__init__(f"data must hold {rule}, got {found}:\n" + "\n".join(lines))
 
 
+class BadRecordError(ValueError):
+    """One bad record of data that are read as they come.
+
+    A dataloader's worker has it raised again with the text of its traceback, of which only the last line is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
+
+
 def count_kinds(records: Sequence[BadRecord]) -> dict[str, int]:
     """Return how many there are of each kind, the commonest first."""
     return dict(Counter(bad.kind for bad in records).most_common())
 
 
-def left_out(records: Sequence[BadRecord], total: int, file: Path | None = None) -> str:
-    """Return a line on records that were left out, for those who read along."""
+def left_out(records: Sequence[BadRecord], total: int | None, file: Path | None = None) -> str:
+    """Return a line on records that were left out, for those who read along; no total: it is not known."""
     where = f", listed in {file}" if file is not None else ""
-    return f"{len(records):,} of {total:,} records left out ({_kinds(records)}){where}"
+    of_all = f" of {total:,}" if total is not None else ""
+    return f"{len(records):,}{of_all} records left out ({_kinds(records)}){where}"
 
 
 def _kinds(records: Sequence[BadRecord]) -> str:
@@ -95,6 +106,21 @@ def write_bad_records(path: Path, records: Sequence[BadRecord]) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text("".join(json.dumps(asdict(bad)) + "\n" for bad in records), encoding="utf-8")
     part.replace(path)
+
+
+def append_bad_record(path: Path, record: BadRecord) -> None:
+    """Add a line of JSON for a record; processes may do so at the same time, for a line is written at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{json.dumps(asdict(record))}\n".encode())
+
+
+def read_bad_records(path: Path) -> list[BadRecord]:
+    """Return the records of such a file, in order; none where it is not there."""
+    if not path.is_file():
+        return []
+    found = [BadRecord(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted(found, key=lambda bad: bad.index)
 
 
 def in_threads(work: Callable[[int], _Found], count: int, threads: int) -> Iterator[_Found]:

@@ -6,28 +6,31 @@ and JSONL is read by the offsets of its lines, so that memory does not grow with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 from PIL import Image
 
 from gracekit._checks import check_choice, check_int
 from gracekit.recipe.bad_records import BadRecord, BadRecordsError, in_threads, left_out, settle
-from gracekit.recipe.record_format import BROKEN_IMAGE, Record, RecordError, Turn, open_image, parse_record, record_name
+from gracekit.recipe.record_format import (
+    BROKEN_IMAGE,
+    Encoder,
+    Record,
+    RecordError,
+    Turn,
+    encode_record,
+    open_images,
+    parse_record,
+    record_name,
+)
 from gracekit.recipe.record_sources import RecordSource, open_source
 
 __all__ = ["BadRecord", "BadRecordsError", "Conversations", "Record", "Turn", "load_conversations", "open_images"]
 
 _THREADS = 4
-
-
-class Encoder(Protocol):
-    """What :meth:`Conversations.check_lengths` needs of a processor."""
-
-    def encode(self, turns: Sequence[Turn], images: Sequence[Any]) -> Mapping[str, Any]:
-        """Return at least ``input_ids``."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,9 @@ class Conversations(Sequence[Record]):
         def check(number: int) -> BadRecord | None:
             record = self[number]
             try:
-                length = len(processor.encode(record.turns, open_images(record))["input_ids"])
-                if length > max_length:
-                    raise RecordError("too long", f"{length} tokens, max_length={max_length}")
+                encode_record(record, processor, max_length)
             except RecordError as error:
                 return BadRecord(record.index, record.id, error.kind, str(error))
-            except (ValueError, TypeError) as error:  # tokenizers know both
-                return BadRecord(record.index, record.id, "cannot be encoded", f"cannot be encoded: {error}")
             return None
 
         good, bad = _sorted_out(range(len(self)), check, threads, advance)
@@ -186,12 +185,14 @@ def find_conversations(
     on_bad_record: str = "stop",
     bad_records_file: str | Path | None = None,
     threads: int = _THREADS,
+    begin: Callable[[int], Any] = lambda count: None,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> Conversations:
     """Read conversations as :func:`load_conversations` does, and leave what is bad for later.
 
     The result's :meth:`~Conversations.check_lengths` or :meth:`~Conversations.settle` raises or leaves out all that is bad by then,
-    so that one error lists what both passes found.
+    so that one error lists what both passes found. ``begin`` is called once with the number of records, before the first is
+    looked at.
 
     Raises:
         ValueError: ``data`` is nothing of that kind.
@@ -200,6 +201,7 @@ def find_conversations(
     source, home = open_source(data)
     folder = Path(image_folder) if image_folder is not None else home
     seen: dict[Path, str] = {}
+    begin(len(source))
 
     def check(number: int) -> BadRecord | None:
         identity = str(number)
@@ -230,15 +232,6 @@ def _sorted_out(
             bad.append(found)
         advance(1)
     return good, bad
-
-
-def open_images(record: Record) -> list[Image.Image]:
-    """Return a record's images in RGB, decoded.
-
-    Raises:
-        RecordError: a ValueError, for one that cannot be decoded.
-    """
-    return [open_image(image) for image in record.images]
 
 
 def _check_image(image: Any, seen: dict[Path, str]) -> None:

@@ -26,6 +26,12 @@ def data_digest(data: str | Path) -> str:
     return _content(path) if path.is_file() else ""
 
 
+def data_stamp(data: str | Path) -> str:
+    """Return the digest of a data file's size and time of change, its content unread; of a folder that of :func:`data_digest`."""
+    path = Path(data)
+    return _digest([_stamp(path)]) if path.is_file() else data_digest(path)
+
+
 def files_digest(folder: Path, files: Iterable[Path], *, times: bool = True) -> str:
     """Return the digest of files by name: the content of JSON, of all others size and time of change."""
     found = []

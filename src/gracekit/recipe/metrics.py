@@ -20,9 +20,16 @@ _SPACED = re.compile(r"[;/\[\]\"{}()=+\\_\-><@,?!:]")
 _OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
 _OPTION_INLINE = re.compile(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|$)", re.MULTILINE)
 # A small letter counts at the end alone: in "the answer is a dog" it is an article.
-_STATED = re.compile(r"(?i:answer|option|choice)(?i:\s+is)?\s*:?[\s*]*\(?([A-Z]|[a-z](?=\W*$))(?![\w'])")
+_LETTER = r"(?:[A-Z]|[a-z](?=\W*$))(?![\w'])"
+_STATED = re.compile(rf"(?i:answer|option|choice)(?i:\s+is)?\s*:?[\s*]*\(?({_LETTER})")
 _LEADING = re.compile(r"^\W*([A-Za-z])(?:[.):](?!\w)|\W*$)")
 _ALONE = re.compile(r"(?<![\w'])(?!A (?!(?:and|or)\b)[a-z])([A-Z])(?![\w'])")
+
+_CONTRACTED = re.compile(r"(?i:n['\u2019]t|(?<=\bcan)not)\b")
+_NEGATION = r"\b(?i:not|neither|nor|never)\s+"
+# What may stand between a negation and what it is about: "not the right answer", "don't think that it is".
+_BETWEEN = r"(?:(?:an?|(?i:think|believe|that|it|this|is|be|the|correct|right|best|answer|option|choice))[\s:]+)*"
+_NOT_THE_ANSWER = r"\s+\w+\s+(?i:not\s+(?:be\s+)?(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:answer|option|choice))\b"
 
 
 def normalise(text: str) -> str:
@@ -114,7 +121,9 @@ def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
 
     In this order: the whole text is an option's; it says "the answer is B", "option (B)", "Answer: B" (the last one counts);
     it begins with a letter by itself ("B", "(B)", "B. ..."); it contains exactly one option's text; it contains exactly one capital
-    letter of an option by itself, where "A" before a small letter is an article.
+    letter of an option by itself, where "A" before a small letter is an article. Letters and texts that it negates do not count
+    ("not B", "isn't a dog", "neither A nor B", "B is not the answer"). "B is not correct" and "B is wrong" choose B: to a
+    question for the wrong option they do.
 
     Args:
         text: of the model.
@@ -124,12 +133,19 @@ def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
         >>> options = {"A": "a cat", "B": "a dog"}
         >>> chosen_option("The answer is (B).", options), chosen_option("It is a dog", options), chosen_option("Both", options)
         ('B', 'B', None)
+        >>> chosen_option("The answer is not B", options), chosen_option("Not a dog but a cat", options)
+        (None, 'A')
     """
-    plain = normalise(text)
-    texts = {letter: normalise(option) for letter, option in options.items()}
-    same = [letter for letter, option in texts.items() if option and option == plain]
+    text = _CONTRACTED.sub(" not", text)
+    texts = {letter: normalise(_CONTRACTED.sub(" not", option)) for letter, option in options.items()}
+    same = [letter for letter, option in texts.items() if option and option == normalise(text)]
     if len(same) == 1:
         return same[0]
+    text = _without_negated(text, rf"[(*]*\b{_LETTER}[)*]*")
+    plain = normalise(text)
+    if not any(re.search(_NEGATION, option) for option in texts.values()):  # "not a mammal" may be what is chosen
+        longest_first = sorted(filter(None, texts.values()), key=len, reverse=True)
+        plain = _without_negated(plain, rf"(?<!\S)(?:{'|'.join(map(re.escape, longest_first))})(?!\S)")
     stated = [str(letter).upper() for letter in _STATED.findall(text) if letter.upper() in options]
     if stated:
         return stated[-1]
@@ -147,6 +163,12 @@ def chosen_option(text: str, options: Mapping[str, str]) -> str | None:
         return longest[0]
     alone = set(_ALONE.findall(text)) & set(options)
     return str(*alone) if len(alone) == 1 else None
+
+
+def _without_negated(text: str, choice: str) -> str:
+    """Return a text without the choices that it says are not the answer; ``choice`` is the pattern of one."""
+    several = rf"{choice}(?:(?:[\s,]+{choice})*[\s,]+(?i:or|nor|and)\s+{choice})?"
+    return re.sub(rf"{_NEGATION}{_BETWEEN}{several}|{choice}{_NOT_THE_ANSWER}", " ", text)
 
 
 def choice_score(answer: str, truths: Sequence[str], question: str) -> float:

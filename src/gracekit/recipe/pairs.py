@@ -16,6 +16,7 @@ from gracekit._structure import find_output_head
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.recipe.conversations import Record, open_images
 from gracekit.recipe.processors import ConversationProcessor, load_processor
+from gracekit.recipe.sharding import zero_stage
 from gracekit.recipe.train_config import TrainConfig
 from gracekit.vlm.families import placeholder_id, require_image_token_id
 
@@ -208,17 +209,18 @@ def _head(model: nn.Module) -> Any:
 def memory_needed(pair: Pair, config: TrainConfig, *, ranks: int) -> dict[str, float]:
     """Return the bytes that do not depend on the batch, by what holds them, for one process.
 
-    Weights, their gradients and the optimiser's moments; FSDP's sharding divides these by the number of ranks, and DeepSpeed's is
-    not counted on. A teacher that is not online leaves its output head. Activations come on top, and one micro-batch with its
-    teacher's answer: the others of an optimiser step wait on the CPU.
+    Weights, their gradients and the optimiser's moments. FSDP divides all of them by the number of ranks, DeepSpeed's ZeRO-1 the
+    moments and ZeRO-2 the gradients too. A teacher that is not online leaves its output head. Activations come on top, and one
+    micro-batch with its teacher's answer: the others of an optimiser step wait on the CPU.
     """
     size = bytes_of(pair.student)
-    shared = ranks if config.training.fsdp else 1
-    needed = {"student": size / shared, "its gradients": size / shared}
+    stage = 3 if config.training.fsdp else zero_stage(config.training)  # FSDP shards what ZeRO-3 does
+    weights, gradients, states = (ranks if stage >= least else 1 for least in (3, 2, 1))
+    needed = {"student": size / weights, "its gradients": size / gradients}
     optim = str(getattr(config.training.optim, "value", config.training.optim)).removeprefix("paged_")
     moments = next((count for name, count in _MOMENTS.items() if optim.startswith(name)), 0)
     each = sum(p.numel() for p in pair.student.parameters()) if "8bit" in optim else size
-    needed["the optimiser's moments"] = moments * each / shared
+    needed["the optimiser's moments"] = moments * each / states
     if pair.teacher is not None and config.pair.teacher_mode == "online":
         needed["teacher"] = bytes_of(pair.teacher)
     elif pair.teacher is not None:

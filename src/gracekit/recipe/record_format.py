@@ -7,10 +7,10 @@ Both become the same :class:`Record`, in which a marker stands where an image go
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -69,8 +69,46 @@ def open_image(image: Any) -> Image.Image:
             return image.convert("RGB")
         with Image.open(image) as file:
             return file.convert("RGB")
+    except FileNotFoundError as error:
+        raise RecordError("missing image", str(image)) from error
     except BROKEN_IMAGE as error:
         raise RecordError("broken image", f"{image}: {error}") from error
+
+
+def open_images(record: Record) -> list[Image.Image]:
+    """Return a record's images in RGB, decoded.
+
+    Raises:
+        RecordError: a ValueError, for one that cannot be decoded.
+    """
+    return [open_image(image) for image in record.images]
+
+
+class Encoder(Protocol):
+    """What encoding a record needs of a processor."""
+
+    def encode(self, turns: Sequence[Turn], images: Sequence[Any]) -> Mapping[str, Any]:
+        """Return at least ``input_ids``."""
+
+
+def encode_record(record: Record, processor: Encoder, max_length: int | None) -> Mapping[str, Any]:
+    """Return a record as a model's input.
+
+    Raises:
+        RecordError: a ValueError, for an image that cannot be decoded, what the processor does not take, and more than
+            ``max_length`` tokens.
+    """
+    images = open_images(record)
+    try:
+        sample = processor.encode(record.turns, images)
+    except RecordError:
+        raise
+    except (ValueError, TypeError) as error:  # tokenizers know both
+        raise RecordError("cannot be encoded", str(error)) from error
+    length = len(sample["input_ids"])
+    if max_length is not None and length > max_length:
+        raise RecordError("too long", f"{length} tokens, max_length={max_length}")
+    return sample
 
 
 def parse_record(raw: Any, index: int, image_folder: Path) -> Record:

@@ -38,11 +38,7 @@ class JsonLines:
         # Opened each time: workers and threads share no position, and the source pickles.
         with self.path.open("rb") as file:
             file.seek(self.starts[index])
-            line = file.read(self.ends[index] - self.starts[index])
-        try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RecordError("broken JSON", str(error)) from error
+            return parse_line(file.read(self.ends[index] - self.starts[index]))
 
 
 class DatasetRecords:
@@ -61,6 +57,18 @@ class DatasetRecords:
             raise RecordError("broken image", str(error)) from error
 
 
+def parse_line(line: bytes) -> Any:
+    """Return what a line of JSONL holds.
+
+    Raises:
+        RecordError: a ValueError, for a line that is no JSON.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordError("broken JSON", str(error)) from error
+
+
 def open_source(data: Any) -> tuple[RecordSource, Path]:
     """Return the records of a file, a folder or a data set, and the folder that relative paths of images start in.
 
@@ -68,20 +76,15 @@ def open_source(data: Any) -> tuple[RecordSource, Path]:
         ValueError: it is none of these.
     """
     if not isinstance(data, str | Path):
-        looks = all(hasattr(data, name) for name in ("column_names", "__getitem__", "__len__"))
-        if not looks or isinstance(data, dict):
+        if not is_indexed_dataset(data):
             raise ValueError(
-                "data must be a path or one split of a datasets.Dataset (an iterable one has to be saved first: every record is "
-                f"looked at before training), got {type(data).__name__}"
+                "data must be a path or one split of a datasets.Dataset (every record is looked at before training; an iterable "
+                f"one is for a ConversationStream), got {type(data).__name__}"
             )
         return DatasetRecords(data), Path()
-    path = Path(data)
+    path = existing(data)
     if path.is_dir():
-        return _saved_dataset(path), path
-    if not path.is_file():
-        raise ValueError(
-            f"data must be a .json or .jsonl file or a saved data set, got {str(path)!r}, which is not there"
-        )
+        return saved_dataset(path), path
     if path.suffix == ".jsonl":
         return JsonLines(path), path.parent
     if path.suffix != ".json":
@@ -97,7 +100,32 @@ def open_source(data: Any) -> tuple[RecordSource, Path]:
     return records, path.parent
 
 
-def _saved_dataset(folder: Path) -> DatasetRecords:
+def existing(data: str | Path) -> Path:
+    """Return the path of a file or a folder.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = Path(data)
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(
+            f"data must be a .json or .jsonl file or a saved data set, got {str(path)!r}, which is not there"
+        )
+    return path
+
+
+def is_indexed_dataset(data: Any) -> bool:
+    """Whether that is one split of ``datasets`` whose rows are found by their index."""
+    wanted = ("column_names", "__getitem__", "__len__")
+    return all(hasattr(data, name) for name in wanted) and not isinstance(data, dict)
+
+
+def saved_dataset(folder: Path) -> DatasetRecords:
+    """Return the rows of a data set that ``datasets`` saved.
+
+    Raises:
+        ValueError: the folder holds none, or several splits.
+    """
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits")
         raise ValueError(f"data must be one split, got {str(folder)!r} with splits {splits}: name one of its folders")

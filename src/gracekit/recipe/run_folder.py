@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gracekit.recipe.callbacks import latest_checkpoint
-from gracekit.recipe.digests import data_digest
+from gracekit.recipe.digests import data_digest, data_stamp
 from gracekit.recipe.stages import write_json
 from gracekit.recipe.teacher_states import ABOUT
 from gracekit.recipe.train_config import TrainConfig
@@ -35,7 +35,8 @@ def _open(config: TrainConfig, folder: Path) -> bool:
     path = folder / SETTINGS
     settings: dict[str, Any] = config.as_dict()
     # Batches are dealt out over the ranks, and an edited file has other records behind the same path.
-    run = {"world_size": config.training.world_size, "data_sha256": data_digest(config.data.data)}
+    digest = data_stamp(config.data.data) if config.data.streaming else data_digest(config.data.data)
+    run = {"world_size": config.training.world_size, "data_sha256": digest}
     settings[_RUN] = run
     if path.exists():
         there = _read(path, settings)

@@ -25,7 +25,7 @@ def check_launch(training: TrainingArguments, *, learned: bool) -> list[str]:
     plugin = getattr(training, "deepspeed_plugin", None)
     if plugin is not None:
         config = plugin.hf_ds_config
-        if config.is_zero3():
+        if zero_stage(training) == 3:
             problems.append(
                 "deepspeed must not partition weights, because output heads and quantised weights that ZeRO-3 has partitioned "
                 "cannot be read, got zero_optimization.stage=3: take stage 2, or --fsdp"
@@ -56,6 +56,12 @@ def check_launch(training: TrainingArguments, *, learned: bool) -> list[str]:
                 "its weights, got cpu_ram_efficient_loading=true"
             )
     return problems
+
+
+def zero_stage(training: Any) -> int:
+    """Return the stage of ZeRO that these arguments' DeepSpeed is to run; 0 without DeepSpeed."""
+    plugin = getattr(training, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.hf_ds_config.get_value("zero_optimization.stage", 0))
 
 
 def shard_student(model: nn.Module, plugin: Any) -> None:

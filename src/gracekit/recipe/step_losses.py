@@ -94,6 +94,12 @@ def losses_of(
     return Losses(total, parts, gates)
 
 
+def weighted(losses: Losses, weight: Tensor | float) -> Losses:
+    """Return losses times a weight; the sum of gates is what it was."""
+    parts = {name: value * weight for name, value in losses.parts.items()}
+    return Losses(losses.total * weight, parts, losses.gate_sum)
+
+
 def _plain(
     student: Output, head: Tensor | None, targets: Tensor, signal: TeacherSignal | None, temperature: float
 ) -> tuple[Tensor, Tensor]:

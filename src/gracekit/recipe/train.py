@@ -1,8 +1,8 @@
 """`gracekit train`: distil any vision-language model into a student that learns with INT4, INT8 or plain weights.
 
-Everything that can be refused is refused before the first step: settings, bad records, a pair that does not fit, memory. A run's
-folder holds its settings, so the same command goes on after an interruption from the last whole checkpoint, and a finished run is
-never trained again.
+Everything that can be refused is refused before the first step: settings, bad records, a pair that does not fit, memory; of data
+that are streamed, bad records are met on the way. A run's folder holds its settings, so the same command goes on after an
+interruption from the last whole checkpoint, and a finished run is never trained again.
 """
 
 from __future__ import annotations
@@ -21,23 +21,14 @@ from transformers.trainer_callback import ProgressCallback
 from gracekit.quant import coverage, load_qat, prepare_qat, save_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.quant.lsq import LSQFakeQuantizer
-from gracekit.recipe.bad_records import BAD_RECORDS
+from gracekit.recipe.bad_records import BAD_RECORDS, left_out, read_bad_records
 from gracekit.recipe.batches import ConversationCollator, ConversationDataset
 from gracekit.recipe.blank_picture import blank_picture
 from gracekit.recipe.callbacks import StepCallback, latest_checkpoint
-from gracekit.recipe.conversations import Conversations, find_conversations
+from gracekit.recipe.conversation_stream import ConversationStream
 from gracekit.recipe.distillation import Teacher, has_plain_head
 from gracekit.recipe.environment import environment
-from gracekit.recipe.pairs import (
-    Pair,
-    bytes_of,
-    check_memory,
-    check_pair,
-    load_pair,
-    load_student,
-    memory_needed,
-    scales_folder,
-)
+from gracekit.recipe.pairs import Pair, load_pair, load_student, scales_folder
 from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.run_folder import DONE, open_run
@@ -45,6 +36,7 @@ from gracekit.recipe.sharding import check_launch, forward_dtype
 from gracekit.recipe.stages import write_json
 from gracekit.recipe.teacher_states import TaughtCollator, TaughtDataset
 from gracekit.recipe.train_config import TrainConfig, parse
+from gracekit.recipe.train_data import checked_data
 from gracekit.recipe.trainer import GraceTrainer
 
 _MODEL = "model"
@@ -72,18 +64,13 @@ def train(config: TrainConfig) -> Path:
         raise ValueError("; ".join(problems))
     set_seed(config.training.seed)
     pair = load_pair(config, teacher_weights=not is_answered(config, folder))
-    records = checked_records(config, pair, folder)
-    if records.bad and config.training.process_index == 0:
-        say(records.note())
-    dataset = ConversationDataset(records, pair.processor, config.data.max_length)
+    checkpoint = latest_checkpoint(folder)
+    dataset = checked_data(config, pair, folder, resumed=checkpoint is not None)
     trainer = make_trainer(config, pair, dataset, folder)
-    _say(
-        trainer,
-        f"{len(records):,} records, {coverage(pair.student) if config.pair.quantiser() else 'no learned scales'}",
-    )
+    size = f"{len(dataset):,} records" if isinstance(dataset, ConversationDataset) else "Records as they come"
+    _say(trainer, f"{size}, {coverage(pair.student) if config.pair.quantiser() else 'no learned scales'}")
     for note in pair.notes:
         _say(trainer, note)
-    checkpoint = latest_checkpoint(folder)
     if checkpoint is not None:
         _say(trainer, f"Going on from {checkpoint}")
     with progress_bars() as bars:
@@ -95,53 +82,22 @@ def train(config: TrainConfig) -> Path:
                 )
             )
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if isinstance(dataset, ConversationStream) and (bad := read_bad_records(folder / BAD_RECORDS)):
+        _say(trainer, left_out(bad, None, folder / BAD_RECORDS))
     finish(trainer, config, pair, folder)
     return folder / _MODEL
 
 
-def checked_records(config: TrainConfig, pair: Pair, folder: Path) -> Conversations:
-    """Return the records to train on, after everything about data, pair and memory has been looked at.
-
-    Raises:
-        BadRecordsError: some records cannot be used, and bad records stop.
-        ValueError: the pair does not fit, or memory does not suffice.
-    """
-    data, training = config.data, config.training
-    with progress_bars() as bars:
-        task = bars.add_task("data: look at every record", total=None) if training.process_index == 0 else None
-
-        def advance(count: int) -> None:
-            if task is not None:
-                bars.advance(task, count)
-
-        records = find_conversations(
-            data.data,
-            data.image_folder or None,
-            on_bad_record=data.on_bad_record,
-            # One writer; the other ranks find the same.
-            bad_records_file=folder / BAD_RECORDS if training.process_index == 0 else None,
-            advance=advance,
-        )
-        problems = check_pair(pair, records)
-        problems += check_memory(memory_needed(pair, config, ranks=training.world_size), training.device)
-        if (
-            config.pair.teacher_mode == "precomputed"
-            and pair.teacher is not None
-            and pair.teacher.device.type != "meta"
-        ):
-            problems += check_memory({"teacher": bytes_of(pair.teacher)}, training.device)  # while it answers
-        if problems:
-            raise ValueError("this pair cannot be trained: " + "; ".join(problems))
-        return records.check_lengths(pair.processor, data.max_length, advance=advance)
-
-
-def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, folder: Path) -> GraceTrainer:
+def make_trainer(
+    config: TrainConfig, pair: Pair, dataset: ConversationDataset | ConversationStream, folder: Path
+) -> GraceTrainer:
     """Return the trainer of a run, its teacher's answers computed where they are to be."""
     collate: Any = ConversationCollator(pair.processor, padding_side="right")
     from_hidden = has_plain_head(pair.student)
     teacher, head = None, None
     data: Any = dataset
     if pair.teacher is not None and config.pair.teacher_mode == "precomputed":
+        assert isinstance(dataset, ConversationDataset)  # the settings say so
         states = precompute(config, pair, dataset, collate, folder)
         from_hidden = from_hidden and states.from_hidden
         head = states.head()
@@ -151,7 +107,10 @@ def make_trainer(config: TrainConfig, pair: Pair, dataset: ConversationDataset, 
     elif pair.teacher is not None:
         teacher, from_hidden = _teacher(config, pair, from_hidden)
     prepare_student(config, pair.student)
-    pictured = config.training.world_size > 1 and any(record.images for record in dataset.records)
+    # Of a stream it is not known beforehand.
+    pictured = config.training.world_size > 1 and (
+        isinstance(dataset, ConversationStream) or any(record.images for record in dataset.records)
+    )
     trainer = GraceTrainer(
         losses=config.method.losses,
         objective=config.method.objective(config.method.losses, vocab_size=pair.vocab_size),

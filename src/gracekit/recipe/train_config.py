@@ -88,12 +88,17 @@ class DataConfig:
         max_length: tokens of one sample, visual ones included, at most.
         on_bad_record: "stop" refuses bad records before any training; "skip" leaves them out. Both write all of them to
             ``bad_records.jsonl`` in the run's folder.
+        streaming: read records one after another, without a look at all of them beforehand: JSONL or a saved data set, in its own
+            order, again and again until ``max_steps``. Bad records are treated as they are met.
     """
 
     data: str = option("", "conversations: JSON, JSONL, or a folder that `datasets` saved")
     image_folder: str = option("", "where relative paths of images start; empty: the folder of --data")
     max_length: int = option(2048, "tokens of one sample, visual ones included, at most")
     on_bad_record: Literal["stop", "skip"] = option("stop", "what to do about bad records")
+    streaming: bool = option(
+        False, "read records in their order, without a look at all of them beforehand; needs --max_steps"
+    )
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -144,9 +149,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method.losses != "ce" and not self.pair.teacher:
             raise ValueError(f"teacher must name a model for losses={self.method.losses!r}, got teacher=''")
+        if self.data.streaming:
+            self._check_streaming()
         calibration = self.method.calibration()
         if calibration is not None and self.training.max_steps > 0:
             calibration.begin(self.training.max_steps)
+
+    def _check_streaming(self) -> None:
+        if self.training.max_steps <= 0:
+            raise ValueError(
+                f"max_steps must be given with streaming, which has no end, got max_steps={self.training.max_steps}"
+            )
+        if self.pair.teacher_mode == "precomputed":
+            raise ValueError(
+                "teacher_mode must be 'online' or 'offload' with streaming, because answers are kept by the index of a record, "
+                "got 'precomputed'"
+            )
+        order = getattr(self.training.train_sampling_strategy, "value", self.training.train_sampling_strategy)
+        if order not in ("random", "sequential"):  # the first is what stands there if nothing is asked for
+            raise ValueError(
+                f"train_sampling_strategy must be left out with streaming, which keeps the order of the data, got {order!r}"
+            )
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Return the settings as plain values, by the name of their part."""
@@ -161,9 +184,14 @@ class TrainConfig:
     def differences(self, other: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Return "name: theirs -> ours" for every setting that changes what is trained and differs."""
         found = []
+        free = set(_FREE)
+        if self.data.streaming:
+            # Each worker has a part of a stream, and samples come in their turn. One that has stopped at a bad record has left none
+            # out, so it may go on and skip them.
+            free = free - {"dataloader_num_workers"} | {"on_bad_record"}
         for part, mine in self.as_dict().items():
             theirs = other.get(part, {})
-            for name in sorted(set(mine) & set(theirs) - set(_FREE)):
+            for name in sorted(set(mine) & set(theirs) - free):
                 if mine[name] != theirs[name]:
                     found.append(f"{name}: {theirs[name]!r} -> {mine[name]!r}")
         return found

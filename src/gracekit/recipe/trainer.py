@@ -28,10 +28,11 @@ from gracekit.recipe.blank_picture import BlankPicture, has_pictures
 from gracekit.recipe.calibration import TauCalibration
 from gracekit.recipe.callbacks import ControllerCallback
 from gracekit.recipe.config import LOSSES
+from gracekit.recipe.conversation_stream import deal_out
 from gracekit.recipe.distillation import ROWS, Reader, Teacher, TeacherSignal, head_weight, supervised_rows
 from gracekit.recipe.meters import Meters
 from gracekit.recipe.sharding import check_launch, complete_states, has_learned_scales, is_sharded, shard_student
-from gracekit.recipe.step_losses import Share, counts_of, global_counts, losses_of
+from gracekit.recipe.step_losses import Share, counts_of, global_counts, losses_of, weighted
 
 _SHARE = "grace_share"
 _TAUGHT = ("teacher_logits", "teacher_hidden", "teacher_tokens", "teacher_lengths")
@@ -123,14 +124,15 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         return self.calibration is None or self.calibration.target is not None
 
     def get_train_dataloader(self) -> Any:
-        """Return the loader; its batches stay on the CPU until their turn."""
+        """Return the loader; its batches stay on the CPU until their turn, and each rank reads its own."""
         placed = self.accelerator.device_placement
-        # Of a data set without a length accelerate's loader sends batches to other ranks, from the device.
-        self.accelerator.device_placement = placed and not hasattr(self.train_dataset, "__len__")
+        self.accelerator.device_placement = False
         try:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
         finally:
             self.accelerator.device_placement = placed
+        deal_out(loader, self.args.process_index, self.args.world_size)
+        return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """Collect the micro-batches of an optimiser step, with the teacher's answers and the sums of all of them."""
@@ -162,7 +164,12 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         """Return the loss of one micro-batch, as its part of the optimiser step; its parts are kept for log and controller.
 
-        A batch that comes without the counts of its step is the whole batch.
+        A batch of the training loop comes with the counts of its step, of which the token count is what transformers passes as
+        ``num_items_in_batch``. One that comes without them is the whole batch, or, with ``num_items_in_batch``, that many
+        supervised tokens' part of one: its losses have the weight of its own share of the tokens. So cross-entropy and KL
+        divergence are sums over ``num_items_in_batch``, exactly those of the whole batch when they are added up; of gated
+        distillation and the relational part, which have divisors of their own, that gives means over micro-batches by tokens.
+        As in transformers, the tokens are those of all ranks under ``average_tokens_across_devices``.
         """
         inputs = dict(inputs)
         share = inputs.pop(_SHARE, None)
@@ -175,12 +182,16 @@ class GraceTrainer(Trainer):  # type: ignore[misc]
         seen, outputs = self.reader(model, inputs, rows)
         head = head_weight(self.model) if self.from_hidden else None
         found = losses_of(self.losses, seen, head, shift_labels(labels).flatten()[rows], share, self.objective)
+        part_of_tokens = not share.counts and num_items_in_batch is not None
+        if part_of_tokens:
+            found = weighted(found, len(rows) / torch.as_tensor(num_items_in_batch).clamp_min(1))
         if model.training:
             self.meters.add(found.parts, found.gate_sum, len(rows), inputs.get("attention_mask", labels))
             if seen.tokens is not None and seen.tapped is not None:
                 self.meters.watch(seen.tokens, seen.tapped)
         # DDP and FSDP take the mean over ranks, and these are parts of a sum.
-        loss = found.total * world_size() if share.counts else found.total
+        of_all_ranks = share.counts or (part_of_tokens and self.args.average_tokens_across_devices)
+        loss = found.total * world_size() if of_all_ranks else found.total
         if self.together and self.from_hidden:
             # FSDP2 begins a backward at the model's own output. Where only pictures' features led there, ranks with and without
             # them would gather blocks in different orders.
