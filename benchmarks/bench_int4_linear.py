@@ -29,7 +29,7 @@ ROWS = {
 }
 CPU_SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
 BASELINE = "bf16 dense"
-TURNS = 3
+TURNS = 2
 FORMS = {
     "cuda": {BASELINE: None, "INT4 torchao tile-packed": "cuda", "INT4 gracekit": "triton"},
     "cpu": {BASELINE: None, "fp32 dense": None, "INT4 torchao": "cpu"},
