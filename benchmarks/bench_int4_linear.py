@@ -10,6 +10,7 @@ python benchmarks/bench_int4_linear.py --device cpu
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
@@ -92,6 +93,7 @@ def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> l
                     F.linear(x, weight[0])  # measures the machine's choice where that is not known yet
                 else:
                     times[name] += time_us(lambda copy, x=x: F.linear(x, copy), weight, device, runs)
+                    gc.collect()  # of what torchao's kernel returns, graphs keep the memory until then
         dense = statistics.median(times[BASELINE])
         for name, found in times.items():
             row = {"out": shape[0], "in": shape[1], "rows": count, "variant": name}

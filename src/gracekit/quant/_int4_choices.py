@@ -40,8 +40,11 @@ _REPLAYS = 10
 _FINALISTS = 3
 _TURNS = 3
 _STAGES = 3
-_FILLING = 2  # programs per multiprocessor
-_DEALT_OUT = (2, 3, 4)  # programs that one tile of few rows of x may be dealt out among
+_DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
+_FEW, _MORE = (
+    64,
+    (2, 4),
+)  # of so few rows of x, which wait for memory, tiles for less than a round may be dealt out to more
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
 _NARROW = {
     8: ((16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 2), (32, 4, 4), (32, 8, 4), (64, 4, 4)),
@@ -141,18 +144,21 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
         Schedule(tile, width, 0, split, warps, stages, scaled)
         for width in sorted({min(tokens, 64), min(tokens, 128), tokens})
         for tile, warps, stages, scaled in _WIDE[width]
-        for split in _splits(-(-outputs // tile) * -(-rows // width), processors)
+        for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if width <= _FEW else ())
         if split == 1 or chunks >= 2 * split
     ]
 
 
-def _splits(tiles: int, processors: int) -> tuple[int, ...]:
-    """Return 1, and the number of programs for each of the last tiles that leaves the fullest multiprocessor the least to do."""
+def _splits(tiles: int, processors: int, more: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Return 1, and the number of programs for each of the last tiles that leaves the fullest multiprocessor the least to do.
+
+    And so many times that number, where there is less than a tile for each multiprocessor.
+    """
     left = tiles % processors
     if not left:
         return (1,)
     best = min(_DEALT_OUT, key=lambda split: -(-left * split // processors) / split)
-    return (1, best)
+    return (1, best, *(best * times for times in more if tiles < processors))
 
 
 def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> dict[str, Any]:
