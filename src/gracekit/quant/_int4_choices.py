@@ -144,7 +144,7 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
         Schedule(tile, width, 0, split, warps, stages, scaled)
         for width in sorted({min(tokens, 64), min(tokens, 128), tokens})
         for tile, warps, stages, scaled in _WIDE[width]
-        for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if width <= _FEW else ())
+        for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _FEW else ())
         if split == 1 or chunks >= 2 * split
     ]
 
