@@ -393,14 +393,13 @@ def build(*_: object) -> None:
     GENERATED.mkdir(exist_ok=True)
     recipe()
     controller()
-    for device in ("nvidia-h200", "cpu"):
+    for device in ("nvidia-h200", "nvidia-h100", "cpu"):
         losses(device)
         qat_linear(device)
         grace_step(device)
         inference(device)
         ablation(device)
         distillation_parts(device)
-    ablation("nvidia-h100")
 
 
 if __name__ == "__main__":
