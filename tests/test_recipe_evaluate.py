@@ -299,6 +299,17 @@ def test_skipped_records_are_said_counted_and_written(llava, data, tmp_path, cap
     )
 
 
+def test_each_pass_over_the_records_says_beforehand_how_long_it_is_and_goes_to_its_end(data):
+    passes = []
+    read_questions(
+        bad_questions(data),
+        on_bad_record="skip",
+        begin=lambda count: passes.append([count, 0]),
+        advance=lambda count: passes[-1].__setitem__(1, passes[-1][1] + count),
+    )
+    assert passes == [[10, 10], [9, 9]]  # the record without a conversation is seen the first time
+
+
 def test_bad_records_stop_with_all_of_them_before_the_model_is_loaded(llava, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate_model, "load_model", lambda *given, **more: pytest.fail("loaded"))
     assert main(arguments(llava, bad_questions(data), tmp_path / "out")) == 2

@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         open_answers(given.output, settings)  # before any work: may it be written to?
         processor = load_processor(given.processor or given.folder)
         with progress_bars() as bars:
-            task = bars.add_task("data: look at every record", total=None)
+            names, tasks = iter(("data: look at every record", "data: encode every question")), []
             questions = read_questions(
                 given.data,
                 given.images,
@@ -201,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 processor=processor,
                 metric=given.metric,
                 bad_records_file=given.output / BAD_RECORDS,
-                advance=lambda count: bars.advance(task, count),
+                begin=lambda count: tasks.append(bars.add_task(next(names), total=count)),
+                advance=lambda count: bars.advance(tasks[-1], count),
             )
         if questions.bad:
             say(left_out(questions.bad, questions.total, given.output / BAD_RECORDS))

@@ -90,6 +90,7 @@ def read_questions(
     processor: ConversationProcessor | None = None,
     metric: str = "exact",
     bad_records_file: str | Path | None = None,
+    begin: Callable[[int], Any] = lambda count: None,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> Questions:
     """Return all questions of a set.
@@ -102,14 +103,15 @@ def read_questions(
         processor: of the model: a record that it cannot encode is a bad one. None: that is not looked at.
         metric: one of METRICS: a record whose answers it cannot judge is a bad one.
         bad_records_file: where bad records are written.
-        advance: called with the number of records looked at, twice for each good one.
+        begin: called at the begin of each of two passes, with the number of records that it goes over: all, then the good ones.
+        advance: called with the number of records done in a pass, for a progress bar.
 
     Raises:
         ValueError: ``data`` is nothing of that kind.
         BadRecordsError: records are bad and are to stop, or all are; so is one that has ``answers`` and more than one answer.
     """
     source, _ = open_source(data)
-    records = find_conversations(data, images, on_bad_record=on_bad_record, advance=advance)
+    records = find_conversations(data, images, on_bad_record=on_bad_record, begin=begin, advance=advance)
 
     def look(number: int) -> list[Asked] | BadRecord:
         record = records[number]
@@ -131,6 +133,7 @@ def read_questions(
 
     asked: list[Asked] = []
     bad = list(records.bad)
+    begin(len(records))
     for found in in_threads(look, len(records), _THREADS):
         if isinstance(found, BadRecord):
             bad.append(found)
