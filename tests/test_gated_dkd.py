@@ -9,7 +9,7 @@ from strategies import labels, normal
 from tolerances import GRADIENT, VALUE
 
 from gracekit import ConfidenceGatedDKD, entropy_gate, gated_dkd, shift_labels
-from gracekit.losses import _token_values
+from gracekit.losses import _rows, _token_values
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -205,6 +205,27 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     (gradient,) = torch.autograd.grad(blocked, student)
     torch.testing.assert_close(blocked, whole, rtol=0, atol=0)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", DTYPES)
+def test_logits_that_keep_their_dtype_until_their_peak_is_taken_off_give_the_same(monkeypatch, dtype, other):
+    """What accelerators do; also with masked classes, and where all but the target are masked."""
+    student, teacher = normal(1, 4, 57, dtype=dtype, scale=5.0), normal(2, 4, 57, dtype=other, scale=5.0)
+    target = torch.tensor([3, 0, 56, 7])
+    for side in (student, teacher):
+        side[1, 4:20] = -math.inf
+        side[2, :56] = -math.inf
+        side[3] += 1e4 if side.dtype != torch.float16 else 1e3
+    given = [student.clone().requires_grad_() for _ in range(2)]
+    losses = []
+    for slow, one in zip((("cpu",), ()), given, strict=True):
+        monkeypatch.setattr(_rows, "_SLOW_HALVES", slow)
+        losses.append(gated_dkd(one, teacher, target))
+        losses[-1].backward()
+    assert losses[0].isfinite()
+    assert torch.equal(*losses)
+    assert torch.equal(given[0].grad, given[1].grad)
 
 
 def test_numbers_that_change_from_call_to_call_do_not_break_the_graph():

@@ -23,6 +23,8 @@ from torch import Tensor
 # Logit of a masked class within the formula, the same number in every dtype but float16; what is further below any real logit is
 # as masked.
 _MASKED = -(2.0**100)
+# Devices whose operations on halves take longer than those on float32; on others they read and write half the bytes.
+_SLOW_HALVES = ("cpu",)
 
 
 class DKDParameters(NamedTuple):
@@ -94,7 +96,7 @@ class _Rest(NamedTuple):
 
 
 def _rest(logits_NK: Tensor, target_N1: Tensor, temperature: float, dtype: torch.dtype) -> _Rest:
-    if logits_NK.dtype == torch.float16:
+    if logits_NK.dtype == torch.float16 or logits_NK.device.type in _SLOW_HALVES:  # float16 cannot hold the mask
         logits_NK = logits_NK.to(dtype)
     # A finite number for masked classes: differences and products of them stay numbers, where infinities would make NaN.
     rest_NK = logits_NK.clamp_min(_MASKED).scatter_(1, target_N1, _MASKED)
