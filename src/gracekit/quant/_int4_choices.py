@@ -41,10 +41,8 @@ _FINALISTS = 3
 _TURNS = 3
 _STAGES = 3
 _DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
-_FEW, _MORE = (
-    64,
-    (2, 4),
-)  # of so few rows of x, which wait for memory, tiles for less than a round may be dealt out to more
+_FEW = 64  # rows of x, whose products wait for the memory
+_MORE = (2, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
 _NARROW = {
     8: ((16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 2), (32, 4, 4), (32, 8, 4), (64, 4, 4)),

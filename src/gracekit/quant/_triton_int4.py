@@ -9,8 +9,7 @@ warp or a few each, take different chunks of the inputs of the same outputs, and
 summed per group in float32 and then take the group's scale in float32. All programs run at once, so the device waits for the
 multiprocessor with the most of them: tiles beyond the last full round of multiprocessors are dealt out among SPLIT programs.
 
-``wide_kernel`` is for more, and deals tiles out likewise. Few rows of x beside many outputs make the best tile: what a program
-reads again and again comes from the cache, at some 25 bytes a cycle, and packed weights are a quarter the size.
+``wide_kernel`` is for more, and deals tiles out likewise. The more rows of x a tile has, the fewer programs unpack the same weight.
 For very many rows the weights that it multiplies are q * s rounded once, as training's forward has them, which leaves the tensor
 cores one sum to keep. ``values_kernel`` writes those, for a dense product.
 
