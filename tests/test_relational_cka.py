@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, seeds
 from tolerances import GRADIENT, VALUE
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gracekit import RelationalCKA, cka
 from gracekit.losses import _image_batches
@@ -202,6 +203,15 @@ def test_no_gradient_reaches_the_teacher():
     x, y = normal(1, 6, 5).requires_grad_(), normal(2, 6, 5).requires_grad_()
     RelationalCKA()(x, y).backward()
     assert y.grad is None
+
+
+def test_packed_images_of_unlike_sizes_run_on_fake_tensors():
+    with FakeTensorMode():
+        tokens = torch.zeros(11, 5, requires_grad=True)
+        loss = RelationalCKA()(tokens, torch.zeros(11, 6), lengths=[4, 7])
+        loss.backward()
+    assert loss.shape == ()
+    assert tokens.grad.shape == (11, 5)
 
 
 def test_runs_on_meta_tensors_so_nothing_reads_a_value():

@@ -85,8 +85,9 @@ def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBa
         x_PD, y_PD = (side[take_P.to(side.device)] for side in (student, teacher))
     else:
         counted_P = torch.cat([mask.flatten() for mask in masks])
-        place_N = torch.empty(sum(counts), dtype=torch.long)
-        place_N[take_P[counted_P]] = counted_P.nonzero().squeeze(1)
+        counted_N = torch.nonzero_static(counted_P, size=sum(counts)).squeeze(1)
+        place_N = torch.empty_like(counted_N)
+        place_N[take_P[counted_N]] = counted_N
         take_P, place_N = _beside(student, take_P), _beside(student, place_N)
         x_PD, y_PD = (_Pad.apply(side, take_P, place_N) for side in (student, teacher))  # type: ignore[no-untyped-call]
     parts = [torch.split(side, [mask.numel() for mask in masks]) for side in (x_PD, y_PD)]
