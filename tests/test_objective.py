@@ -174,6 +174,37 @@ def test_counts_say_nothing_of_images_that_were_not_described():
         objective.global_counts(teacher, target, [5], mask=torch.ones(1, 5, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"labels": [1, 2]}, TypeError, "labels must be a torch.Tensor, got list"),
+        ({"labels": torch.ones(7)}, TypeError, "labels must have an integer dtype, got torch.float32"),
+        ({"labels": torch.ones(6, dtype=torch.long)}, ValueError, r"got \(7, 9\) and labels \(6,\)"),
+        ({"labels": torch.full((7,), 9)}, ValueError, r"labels must be in \[0, 9\) or ignore_index, got 9"),
+        ({"teacher_logits": [1.0]}, TypeError, "teacher_logits must be a torch.Tensor, got list"),
+        ({"lengths": 5}, TypeError, "lengths must be a sequence of integers or a tensor, got int"),
+        ({"lengths": [4, 5.0]}, TypeError, r"lengths\[1\] must be an integer, got lengths\[1\]=5.0"),
+        ({"lengths": [-4]}, ValueError, r"lengths\[0\] must be at least 0, got lengths\[0\]=-4"),
+        ({"lengths": torch.tensor([[4, 5]])}, ValueError, r"lengths must have shape \(B,\), got \(1, 2\)"),
+        ({"mask": torch.ones(2, 5)}, TypeError, "mask must be a bool tensor, got torch.float32"),
+        ({"mask": [[True]]}, TypeError, "mask must be a bool tensor, got list"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, r"mask must have shape \(B, n\), got \(5,\)"),
+    ],
+)
+@pytest.mark.parametrize("gate", ["entropy", None])
+def test_counts_refuse_what_the_losses_refuse(gate, changed, error, said):
+    _, teacher, target = logits()
+    objective = GraceObjective(ConfidenceGatedDKD(gate=gate))
+    with pytest.raises(error, match=said):
+        objective.global_counts(**({"teacher_logits": teacher, "labels": target} | changed))
+
+
+def test_counts_take_lengths_in_the_forms_that_the_loss_takes():
+    _, teacher, target = logits()
+    for lengths in ((5, 3, 6), torch.tensor([5, 3, 6]), torch.tensor([5, 3, 6]).numpy(), iter([5, 3, 6])):
+        assert GraceObjective().global_counts(teacher, target, lengths)["image_count"] == 2
+
+
 def test_a_multiplier_of_zero_lets_an_infinite_distillation_go():
     student, teacher, target = logits()
     student = student.detach().index_fill(1, torch.tensor([8]), -torch.inf).requires_grad_()
