@@ -13,6 +13,7 @@ from gracekit import (
     RelationalCKA,
     entropy_gate,
     gated_dkd,
+    linear_gated_dkd,
 )
 
 
@@ -197,6 +198,28 @@ def test_counts_refuse_what_the_losses_refuse(gate, changed, error, said):
     objective = GraceObjective(ConfidenceGatedDKD(gate=gate))
     with pytest.raises(error, match=said):
         objective.global_counts(**({"teacher_logits": teacher, "labels": target} | changed))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_teacher_that_gives_no_number_makes_a_loss_that_is_none_and_a_step_that_is_skipped(wrong):
+    """An error of a check would name an argument that nobody gave, and on CUDA end the process."""
+    objective = GraceObjective()
+    student, teacher, target = logits()
+    row = int((target >= 0).nonzero()[0])
+    teacher[row, (target[row] + 1) % 9] = wrong
+    head = torch.eye(9, dtype=torch.float64)
+    counts = objective.global_counts(teacher, target)
+    assert counts["gate_sum"].isnan()
+    for loss in (
+        objective(student, teacher, target),
+        objective(student, teacher, target, **counts),
+        objective.combine(linear_gated_dkd(student, head, teacher, head, target)),
+    ):
+        assert loss.total.isnan()
+        assert loss.cross_entropy.isfinite()
+        objective.controller.step(loss.gated_dkd, loss.gate_sum)
+    assert gated_dkd(student, teacher, target).isnan()
+    assert objective.controller.skipped == 3
 
 
 def test_counts_take_lengths_in_the_forms_that_the_loss_takes():
