@@ -341,6 +341,7 @@ LOGITS, TARGET = torch.zeros(3, 5), torch.tensor([0, 1, 2])
         ((LOGITS, LOGITS, TARGET), {"backend": "cuda"}, ValueError, "backend must be one of"),
         ((LOGITS, LOGITS, TARGET), {"gate_sum": 1.0, "reduction": "sum"}, ValueError, "gate_sum .* reduction='sum'"),
         ((LOGITS, LOGITS, TARGET), {"gate_sum": -1.0}, ValueError, "gate_sum must be finite and in"),
+        ((LOGITS, LOGITS, TARGET), {"gate_sum": torch.tensor(-2.0)}, ValueError, "be at least 0, got gate_sum=-2.0"),
         ((LOGITS, LOGITS, TARGET), {"gate_sum": torch.ones(2)}, ValueError, "gate_sum must be a number or hold one"),
         ((LOGITS, LOGITS, TARGET), {"ignore_index": 0.5}, TypeError, "ignore_index must be an integer"),
         ((LOGITS.index_fill(1, TARGET, -math.inf), LOGITS, TARGET), {}, ValueError, "student_logits must not be -inf"),

@@ -300,6 +300,16 @@ def test_a_batch_that_is_larger_than_was_said_is_refused():
         generator.generate(one, max_new_tokens=2, sync_every=0)
 
 
+def test_arguments_of_another_type_are_named():
+    model, one = built("llava"), FAMILIES["llava"].batch(["ttIt"])
+    with pytest.raises(TypeError, match="batch must be a mapping with input_ids, got list"):
+        generate(model, [one], max_new_tokens=2)
+    with pytest.raises(TypeError, match="attention_mask must be a torch.Tensor, got list"):
+        generate(model, dict(one) | {"attention_mask": [[1] * 12]}, max_new_tokens=2)
+    with pytest.raises(TypeError, match="generation_config must be a GenerationConfig or None, got dict"):
+        generate(model, one, max_new_tokens=2, generation_config={"do_sample": True})
+
+
 def test_models_that_cannot_be_decoded_are_refused():
     with pytest.raises(ValueError, match=r"with a decoder \(get_decoder\(\).layers\), got Linear"):
         Generator(nn.Linear(2, 2), 1, 8)

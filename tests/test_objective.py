@@ -13,6 +13,7 @@ from gracekit import (
     RelationalCKA,
     entropy_gate,
     gated_dkd,
+    linear_gated_dkd,
 )
 
 
@@ -172,6 +173,59 @@ def test_counts_say_nothing_of_images_that_were_not_described():
         assert objective.global_counts(teacher, target, lengths, reduce=False)["image_count"] == 2
     with pytest.raises(ValueError, match="describe images in two ways"):
         objective.global_counts(teacher, target, [5], mask=torch.ones(1, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"labels": [1, 2]}, TypeError, "labels must be a torch.Tensor, got list"),
+        ({"labels": torch.ones(7)}, TypeError, "labels must have an integer dtype, got torch.float32"),
+        ({"labels": torch.ones(6, dtype=torch.long)}, ValueError, r"got \(7, 9\) and labels \(6,\)"),
+        ({"labels": torch.full((7,), 9)}, ValueError, r"labels must be in \[0, 9\) or ignore_index, got 9"),
+        ({"teacher_logits": [1.0]}, TypeError, "teacher_logits must be a torch.Tensor, got list"),
+        ({"lengths": 5}, TypeError, "lengths must be a sequence of integers or a tensor, got int"),
+        ({"lengths": [4, 5.0]}, TypeError, r"lengths\[1\] must be an integer, got lengths\[1\]=5.0"),
+        ({"lengths": [-4]}, ValueError, r"lengths\[0\] must be at least 0, got lengths\[0\]=-4"),
+        ({"lengths": torch.tensor([[4, 5]])}, ValueError, r"lengths must have shape \(B,\), got \(1, 2\)"),
+        ({"mask": torch.ones(2, 5)}, TypeError, "mask must be a bool tensor, got torch.float32"),
+        ({"mask": [[True]]}, TypeError, "mask must be a bool tensor, got list"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, ValueError, r"mask must have shape \(B, n\), got \(5,\)"),
+    ],
+)
+@pytest.mark.parametrize("gate", ["entropy", None])
+def test_counts_refuse_what_the_losses_refuse(gate, changed, error, said):
+    _, teacher, target = logits()
+    objective = GraceObjective(ConfidenceGatedDKD(gate=gate))
+    with pytest.raises(error, match=said):
+        objective.global_counts(**({"teacher_logits": teacher, "labels": target} | changed))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_teacher_that_gives_no_number_makes_a_loss_that_is_none_and_a_step_that_is_skipped(wrong):
+    """An error of a check would name an argument that nobody gave, and on CUDA end the process."""
+    objective = GraceObjective()
+    student, teacher, target = logits()
+    row = int((target >= 0).nonzero()[0])
+    teacher[row, (target[row] + 1) % 9] = wrong
+    head = torch.eye(9, dtype=torch.float64)
+    counts = objective.global_counts(teacher, target)
+    assert counts["gate_sum"].isnan()
+    for loss in (
+        objective(student, teacher, target),
+        objective(student, teacher, target, **counts),
+        objective.combine(linear_gated_dkd(student, head, teacher, head, target)),
+    ):
+        assert loss.total.isnan()
+        assert loss.cross_entropy.isfinite()
+        objective.controller.step(loss.gated_dkd, loss.gate_sum)
+    assert gated_dkd(student, teacher, target).isnan()
+    assert objective.controller.skipped == 3
+
+
+def test_counts_take_lengths_in_the_forms_that_the_loss_takes():
+    _, teacher, target = logits()
+    for lengths in ((5, 3, 6), torch.tensor([5, 3, 6]), torch.tensor([5, 3, 6]).numpy(), iter([5, 3, 6])):
+        assert GraceObjective().global_counts(teacher, target, lengths)["image_count"] == 2
 
 
 def test_a_multiplier_of_zero_lets_an_infinite_distillation_go():

@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from torchao.quantization.qat.linear import disable_linear_fake_quant, enable_li
 from gracekit.quant import (
     LSQConfig,
     convert,
+    coverage,
     export_awq,
     export_compressed_tensors,
+    fully_shard_qat,
+    import_grace_sidecar,
+    load_qat,
     lsq_fake_quantize,
     prepare_qat,
     qat_parameter_groups,
@@ -262,7 +267,20 @@ def test_a_configuration_of_another_kind_is_refused(act):
         act(Pair(), 4)
 
 
-@pytest.mark.parametrize("act", [prepare_qat, quantize_rtn, convert])
+@pytest.mark.parametrize(
+    "act",
+    [
+        prepare_qat,
+        quantize_rtn,
+        convert,
+        coverage,
+        fully_shard_qat,
+        functools.partial(qat_parameter_groups, lr=1.0),
+        functools.partial(import_grace_sidecar, path="file.pt"),
+        functools.partial(save_qat, directory="folder"),
+        functools.partial(load_qat, directory="folder"),
+    ],
+)
 def test_what_is_no_module_is_refused(act):
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
         act(3)

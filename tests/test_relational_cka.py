@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, seeds
 from tolerances import GRADIENT, VALUE
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gracekit import RelationalCKA, cka
 from gracekit.losses import _image_batches
@@ -103,6 +104,39 @@ def test_collapsed_images_are_left_out_without_a_nan(spread):
     assert (student.grad[:6] != 0).any()
 
 
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e12])
+def test_without_normalisation_the_size_of_the_features_changes_nothing(size, estimator):
+    x, y = normal(1, 12, 5, dtype=torch.float32), normal(2, 12, 7, dtype=torch.float32)
+    y[:, :3] += x[:, :3]
+    scaled = (size * x).requires_grad_()
+    value = cka(scaled, y / size, estimator=estimator, normalize=False)
+    (gradient,) = torch.autograd.grad(value, scaled)
+    exact = x.double().requires_grad_()
+    expected = reference.cka(exact, y, unbiased=estimator == "unbiased", normalize=False)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(value.detach().double(), expected.detach(), **VALUE[torch.float32])
+    torch.testing.assert_close(size * gradient.double(), expected_gradient, **GRADIENT[torch.float32])
+    criterion = RelationalCKA(estimator=estimator, normalize=False)
+    padded, mask = torch.full((1, 15, 5), math.nan), torch.arange(15)[None] < 12
+    padded[:, :12] = scaled.detach()
+    loss = criterion(padded, torch.nn.functional.pad(y / size, (0, 0, 0, 3))[None], mask=mask)
+    torch.testing.assert_close(1 - loss.double(), expected.detach(), **VALUE[torch.float32])
+
+
+def test_without_normalisation_rows_are_equal_by_what_distinguishes_them_beside_their_size():
+    x, y = normal(3, 6, 5, dtype=torch.float32), normal(1, 6, 4, dtype=torch.float32)
+    far = 300 + x
+    torch.testing.assert_close(
+        cka(far, y, normalize=False).double(), reference.cka(far, y, normalize=False), rtol=1e-4, atol=0
+    )
+    equal = (1e4 + 1e-3 * x).requires_grad_()  # all but a few differ by no more than rounding
+    value = cka(equal, y, normalize=False)
+    (gradient,) = torch.autograd.grad(value, equal)
+    assert value.item() == 0.0
+    assert (gradient == 0).all()
+
+
 def test_cka_of_collapsed_rows_is_zero_without_gradient():
     x = torch.ones(5, 3, requires_grad=True)
     value = cka(x, normal(1, 5, 4, dtype=torch.float32))
@@ -169,6 +203,15 @@ def test_no_gradient_reaches_the_teacher():
     x, y = normal(1, 6, 5).requires_grad_(), normal(2, 6, 5).requires_grad_()
     RelationalCKA()(x, y).backward()
     assert y.grad is None
+
+
+def test_packed_images_of_unlike_sizes_run_on_fake_tensors():
+    with FakeTensorMode():
+        tokens = torch.zeros(11, 5, requires_grad=True)
+        loss = RelationalCKA()(tokens, torch.zeros(11, 6), lengths=[4, 7])
+        loss.backward()
+    assert loss.shape == ()
+    assert tokens.grad.shape == (11, 5)
 
 
 def test_runs_on_meta_tensors_so_nothing_reads_a_value():

@@ -78,6 +78,7 @@ def test_lengths_that_do_not_fit_the_placeholders_are_refused(lengths, message):
         ({"image_token_id": -1}, ValueError, "image_token_id must be at least 0, got image_token_id=-1"),
         ({"image_token_id": None}, TypeError, "image_token_id must be an integer"),
         ({"lengths": [1.5, 4.5]}, TypeError, r"lengths\[0\] must be an integer"),
+        ({"lengths": 6}, TypeError, "lengths must be a sequence of integers, got int"),
     ],
 )
 def test_bad_arguments_are_named_with_rule_and_value(change, error, message):

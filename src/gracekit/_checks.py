@@ -97,3 +97,9 @@ def check_values(condition: Tensor, message: str) -> None:
             raise ValueError(message)
     else:
         torch._assert_async(condition.all(), message)
+
+
+def check_not_negative(name: str, number: Tensor) -> None:
+    """Demand a tensor of one element that is not below 0 (NaN is not), as :func:`check_values` does."""
+    shown = f", got {name}={number.item()!r}" if has_values(number) and number.device.type == "cpu" else ""
+    check_values(~(number < 0), f"{name} must be at least 0{shown}")

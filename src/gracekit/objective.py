@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from gracekit._checks import check_real
 from gracekit._distributed import all_sum
 from gracekit.control import LagrangianController
+from gracekit.losses._image_batches import check_mask, checked_lengths
 from gracekit.losses._inputs import divisor
 from gracekit.losses._rows import scaled
-from gracekit.losses._token_values import token_values
-from gracekit.losses.gated_dkd import ConfidenceGatedDKD, entropy_gate
+from gracekit.losses._token_values import token_gates, token_values
+from gracekit.losses.gated_dkd import ConfidenceGatedDKD
 from gracekit.losses.linear_gated_dkd import DistillationLoss
 from gracekit.losses.relational_cka import RelationalCKA
 
@@ -180,14 +181,9 @@ class GraceObjective(nn.Module):
             (3.0, 2.0)
         """
         config = self.distillation.config
-        supervised = labels.long() != config.ignore_index
-        if config.gate is None:
-            gates = supervised.sum().double()
-        else:
-            gates = entropy_gate(
-                teacher_logits, labels, ignore_index=config.ignore_index, vocab_size=config.vocab_size
-            ).sum(dtype=torch.float64)
-        total = torch.stack((gates, supervised.sum().double(), self._images(lengths, mask, gates)))
+        gates = token_gates(teacher_logits, labels, config).sum(dtype=torch.float64)
+        tokens = (labels.long() != config.ignore_index).sum().double()
+        total = torch.stack((gates, tokens, self._images(lengths, mask, gates)))
         if reduce:
             total = all_sum(total)
         counts = dict(zip(("gate_sum", "token_count", "image_count"), total.float(), strict=True))
@@ -201,8 +197,9 @@ class GraceObjective(nn.Module):
             raise ValueError("lengths and mask describe images in two ways, got both")
         least = self.relational.min_tokens
         if mask is not None:
+            check_mask(mask)
             return (mask.sum(1) >= least).sum().to(like)
-        counts = lengths.tolist() if isinstance(lengths, Tensor) else lengths or ()
+        counts = () if lengths is None else checked_lengths(lengths)
         return torch.full_like(like, sum(count >= least for count in counts))
 
     def combine(self, distillation: DistillationLoss, relational: Tensor | None = None) -> GraceLoss:

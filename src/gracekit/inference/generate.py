@@ -216,6 +216,7 @@ def generate(
         Sequences, their lengths, and what they took.
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: as :class:`Generator` and :meth:`Generator.generate`.
 
     Example:
@@ -226,7 +227,7 @@ def generate(
         >>> made.sequences.shape, made.new_tokens.tolist()
         (torch.Size([1, 7]), [4])
     """
-    ids = batch.get("input_ids")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     rows, length = ids.shape if isinstance(ids, Tensor) and ids.ndim == 2 else (1, 1)
     check_int("max_new_tokens", max_new_tokens, low=1)
     made = Generator(model, max(1, rows), length + max_new_tokens, compile=compile)

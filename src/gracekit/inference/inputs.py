@@ -79,6 +79,8 @@ def check_model(model: nn.Module, max_length: int) -> None:
 def check_batch(batch: Mapping[str, Any], model: Any) -> Prompt:
     """Return the parts of a batch; raise unless its rows are padded on the left, and it is the model's in content and device."""
     device = model.device
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch must be a mapping with input_ids, got {type(batch).__name__}")
     if "input_ids" not in batch:
         raise ValueError(f"batch must have input_ids, got {', '.join(batch) or 'nothing'}")
     rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask", "labels")}
@@ -100,6 +102,8 @@ def check_batch(batch: Mapping[str, Any], model: Any) -> Prompt:
         if len(ids) > 1:
             raise ValueError(f"batch must have an attention_mask when it has several rows, got {len(ids)} rows without")
         mask = torch.ones_like(ids)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask.shape != ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_ids, got {tuple(mask.shape)} and {tuple(ids.shape)}"
@@ -123,8 +127,11 @@ def resolve_choice(
     """Return how tokens are chosen, as ``model.generate`` would resolve the same settings.
 
     Raises:
+        TypeError: the settings are no GenerationConfig.
         ValueError: the settings ask for more than one continuation of a row, or for another way to stop.
     """
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig or None, got {type(config).__name__}")
     asked = GenerationConfig(do_sample=False) if config is None else copy.deepcopy(config)
     asked.max_new_tokens = max_new_tokens
     resolved, _ = model._prepare_generation_config(asked)

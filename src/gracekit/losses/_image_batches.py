@@ -42,10 +42,12 @@ def as_batches(
                 "lengths describe packed tokens of shape (sum of lengths, d) without a mask, got student_tokens "
                 f"{tuple(student.shape)} and mask {'given' if mask is not None else None}"
             )
-        return _unpack(student, teacher, _checked_lengths(lengths, len(student)))
+        counts = checked_lengths(lengths)
+        if sum(counts) != len(student):
+            raise ValueError(f"lengths must sum to the number of tokens, got {sum(counts)} and {len(student)} tokens")
+        return _unpack(student, teacher, counts)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+        check_mask(mask)
         if student.ndim != 3 or mask.shape != student.shape[:2]:
             raise ValueError(f"mask must have shape (B, n), got {tuple(mask.shape)} and tokens {tuple(student.shape)}")
         check_same_device(student_tokens=student, mask=mask)
@@ -55,16 +57,21 @@ def as_batches(
     return [ImageBatch(student, teacher, None, None)]
 
 
-def _checked_lengths(lengths: Sequence[int] | Tensor, tokens: int) -> list[int]:
+def check_mask(mask: object) -> None:
+    """Demand a bool tensor (B, n)."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+    check_rank("mask", mask, (2,), "(B, n)")
+
+
+def checked_lengths(lengths: Sequence[int] | Tensor) -> list[int]:
+    """Return the tokens of each packed image as a list, or raise."""
     if isinstance(lengths, Tensor):
         check_rank("lengths", lengths, (1,), "(B,)")
         lengths = lengths.tolist()
     if not isinstance(lengths, Iterable):
         raise TypeError(f"lengths must be a sequence of integers or a tensor, got {type(lengths).__name__}")
-    counts = [check_int(f"lengths[{index}]", length, low=0) for index, length in enumerate(lengths)]
-    if sum(counts) != tokens:
-        raise ValueError(f"lengths must sum to the number of tokens, got {sum(counts)} and {tokens} tokens")
-    return counts
+    return [check_int(f"lengths[{index}]", length, low=0) for index, length in enumerate(lengths)]
 
 
 def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBatch]:
@@ -85,8 +92,9 @@ def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBa
         x_PD, y_PD = (side[take_P.to(side.device)] for side in (student, teacher))
     else:
         counted_P = torch.cat([mask.flatten() for mask in masks])
-        place_N = torch.empty(sum(counts), dtype=torch.long)
-        place_N[take_P[counted_P]] = counted_P.nonzero().squeeze(1)
+        counted_N = torch.nonzero_static(counted_P, size=sum(counts)).squeeze(1)
+        place_N = torch.empty_like(counted_N)
+        place_N[take_P[counted_N]] = counted_N
         take_P, place_N = _beside(student, take_P), _beside(student, place_N)
         x_PD, y_PD = (_Pad.apply(side, take_P, place_N) for side in (student, teacher))  # type: ignore[no-untyped-call]
     parts = [torch.split(side, [mask.numel() for mask in masks]) for side in (x_PD, y_PD)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from gracekit._checks import check_choice, check_int, check_real, check_values
+from gracekit._checks import check_choice, check_int, check_not_negative, check_real, check_values
 from gracekit._kernels import has_triton
 from gracekit.losses._rows import DKDParameters
 
@@ -126,13 +126,16 @@ def check_aligned(name: str, logits: Tensor, labels: Tensor) -> None:
 
 
 def divisor(name: str, given: Tensor | float | None, own: Tensor) -> Tensor | float:
-    """Return what a weighted sum is divided by: the global sum if given, else the call's own; 1 in place of 0."""
+    """Return what a weighted sum is divided by: the global sum if given, else the call's own; 1 in place of 0.
+
+    A sum that is NaN, as of a teacher without numbers, is returned as it is: the loss tells, where a check would end the process.
+    """
     if given is None:
         given = own.detach()
     if isinstance(given, Tensor):
         if given.numel() != 1:
             raise ValueError(f"{name} must be a number or hold one element, got shape {tuple(given.shape)}")
         given = given.detach().reshape(())
-        check_values(given >= 0, f"{name} must be at least 0")
-        return torch.where(given > 0, given, torch.ones_like(given))
+        check_not_negative(name, given)
+        return torch.where(given <= 0, torch.ones_like(given), given)
     return check_real(name, given, low=0.0) or 1.0

@@ -90,6 +90,20 @@ def token_values(
     return RowValues(*values)
 
 
+@torch.no_grad()
+def token_gates(teacher_logits: Tensor, labels: Tensor, config: DKDConfig) -> Tensor:
+    """Return the gate of every token in the shape of the labels, 0 where ignored."""
+    check_floating("teacher_logits", teacher_logits)
+    check_integral("labels", labels)
+    check_same_device(teacher_logits=teacher_logits, labels=labels)
+    classes = compared_classes(teacher_logits=teacher_logits, vocab_size=config.vocab_size)
+    check_aligned("teacher_logits", teacher_logits, labels)
+    keep_N, target_N = supervised_targets(labels, config.ignore_index, classes)
+    rows_NV = flat_rows(teacher_logits)
+    triton = use_triton("auto", rows_NV)
+    return gate_rows(rows_NV, target_N, keep_N, config.for_classes(classes), triton=triton).reshape(labels.shape)
+
+
 class _TokenValues(torch.autograd.Function):
     """Per-token values; keeps the logits that are there anyway and eight numbers a token."""
 

@@ -21,17 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gracekit._checks import check_choice, check_floating, check_int, check_integral, check_same_device
-from gracekit.losses._inputs import (
-    DKDConfig,
-    check_aligned,
-    check_backend,
-    compared_classes,
-    divisor,
-    supervised_targets,
-    use_triton,
-)
-from gracekit.losses._token_values import flat_rows, gate_rows, token_values
+from gracekit._checks import check_choice, check_int, check_integral
+from gracekit.losses._inputs import DKDConfig, check_backend, divisor
+from gracekit.losses._token_values import token_gates, token_values
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -89,17 +81,7 @@ def entropy_gate(
         >>> entropy_gate(torch.zeros(2, 8), torch.tensor([3, -100])).numpy().round(4)
         array([0.3679, 0.    ], dtype=float32)
     """
-    check_floating("teacher_logits", teacher_logits)
-    check_integral("labels", labels)
-    check_same_device(teacher_logits=teacher_logits, labels=labels)
-    classes = compared_classes(teacher_logits=teacher_logits, vocab_size=vocab_size)
-    check_aligned("teacher_logits", teacher_logits, labels)
-    with torch.no_grad():
-        keep_N, target_N = supervised_targets(labels, ignore_index, classes)
-        rows_NV = flat_rows(teacher_logits)
-        parameters = DKDConfig(vocab_size=vocab_size).for_classes(classes)
-        triton = use_triton("auto", rows_NV)
-        return gate_rows(rows_NV, target_N, keep_N, parameters, triton=triton).reshape(labels.shape)
+    return token_gates(teacher_logits, labels, DKDConfig(ignore_index=ignore_index, vocab_size=vocab_size))
 
 
 def gated_dkd(

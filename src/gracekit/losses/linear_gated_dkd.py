@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from gracekit._autograd import autocasts
-from gracekit._checks import check_floating, check_integral, check_rank, check_real, check_same_device, check_values
+from gracekit._checks import (
+    check_floating,
+    check_integral,
+    check_not_negative,
+    check_rank,
+    check_real,
+    check_same_device,
+)
 from gracekit.losses._inputs import DKDConfig, compared_classes, supervised_targets, use_triton
 from gracekit.losses._linear_distillation import LinearDistillation
 
@@ -49,7 +56,7 @@ def _weight(name: str, weight: Tensor | float) -> Tensor | float:
     if weight.numel() != 1:
         raise ValueError(f"{name} must be a number or hold one element, got shape {tuple(weight.shape)}")
     weight = weight.detach().reshape(())
-    check_values(weight >= 0, f"{name} must be at least 0")
+    check_not_negative(name, weight)
     return weight
 
 

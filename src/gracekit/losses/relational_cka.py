@@ -40,6 +40,8 @@ ESTIMATORS = ("biased", "unbiased")
 
 # Least sum of squares of a centred Gram matrix: below it the tokens of an image are one point.
 _COLLAPSED = 1e-8
+# Without normalisation tokens are brought to size 1 by what differs between them, if that is more than this share of them.
+_DIFFERENT = 1e-4
 # An unbiased self-similarity below this share of the biased one is rounding of sums that cancel.
 _CANCELLED = 1e-6
 
@@ -130,8 +132,8 @@ class RelationalCKA(nn.Module):
 
         Returns:
             A scalar, at least float32, in [0, 1] for the biased estimator. Images with fewer than ``min_tokens`` tokens or with
-            collapsed tokens (sum of squares of the centred Gram matrix below 1e-8) do not count; 0, attached to the
-            graph, if none does.
+            collapsed tokens (sum of squares of the centred Gram matrix below 1e-8; without normalisation, tokens that are equal
+            up to about a millionth) do not count; 0, attached to the graph, if none does.
 
         Raises:
             TypeError: wrong dtype.
@@ -188,7 +190,8 @@ def _centred(tokens_BND: Tensor, batch: ImageBatch, normalize: bool) -> Tensor:
     if batch.mask_BN is None:
         if normalize:
             tokens_BND = F.normalize(tokens_BND, dim=-1)
-        return tokens_BND - tokens_BND.mean(1, keepdim=True)
+        centred_BND = tokens_BND - tokens_BND.mean(1, keepdim=True)
+        return centred_BND if normalize else _to_size_one(centred_BND, tokens_BND)
     assert batch.counts_B is not None
     keep_BN1 = batch.mask_BN[..., None]
     # Before the mathematics: a NaN in a padded row must reach neither value nor gradient.
@@ -196,7 +199,16 @@ def _centred(tokens_BND: Tensor, batch: ImageBatch, normalize: bool) -> Tensor:
     if normalize:
         tokens_BND = F.normalize(tokens_BND, dim=-1)
     mean_B1D = tokens_BND.sum(1, keepdim=True) / batch.counts_B.clamp_min(1)[:, None, None]
-    return (tokens_BND - mean_B1D).masked_fill(~keep_BN1, 0.0)
+    centred_BND = (tokens_BND - mean_B1D).masked_fill(~keep_BN1, 0.0)
+    return centred_BND if normalize else _to_size_one(centred_BND, tokens_BND)
+
+
+def _to_size_one(centred_BND: Tensor, tokens_BND: Tensor) -> Tensor:
+    """Divide the centred tokens of every image by their size, which similarity does not depend on and float32 does."""
+    sizes = (torch.linalg.vector_norm(side.detach(), dim=(1, 2), keepdim=True) for side in (centred_BND, tokens_BND))
+    own_B11, whole_B11 = sizes
+    size_B11 = torch.maximum(own_B11, _DIFFERENT * whole_B11)
+    return centred_BND / torch.where(size_B11 == 0, 1.0, size_B11)
 
 
 def _on_tensor_cores(student: Tensor, teacher: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from gracekit._checks import check_module
 from gracekit._coverage import Coverage, coverage_of
 from gracekit.quant.int4 import is_quantized
 
@@ -21,6 +22,7 @@ def coverage(model: nn.Module) -> Coverage:
         Coverage. Printed, it is one sentence.
 
     Raises:
+        TypeError: ``model`` is no nn.Module.
         ValueError: the blocks have no parameter.
 
     Example:
@@ -30,4 +32,5 @@ def coverage(model: nn.Module) -> Coverage:
         >>> print(coverage(model))
         80.0% of the parameters of the decoder's blocks are quantised (layers: 1); left out: 1, the largest 1.weight
     """
+    check_module("model", model)
     return coverage_of(model, is_quantized)

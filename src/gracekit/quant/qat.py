@@ -94,6 +94,7 @@ def qat_parameter_groups(
         Up to three groups (weights; vectors; scales) of those parameters that require a gradient; none is empty.
 
     Raises:
+        TypeError: ``model`` is no nn.Module, or a number is none.
         ValueError: the model has no learned scales, nothing in it requires a gradient, or a number is negative.
 
     Example:
@@ -103,6 +104,7 @@ def qat_parameter_groups(
         >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in groups]
         [(1, 1e-05, 0.1), (1, 1e-05, 0.0), (1, 0.0001, 0.0)]
     """
+    check_module("model", model)
     lr = check_real("lr", lr, low=0.0)
     scale_lr = 10 * lr if scale_lr is None else check_real("scale_lr", scale_lr, low=0.0)
     weight_decay = check_real("weight_decay", weight_decay, low=0.0)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from gracekit._checks import check_module
 from gracekit._structure import find_decoder
 from gracekit.quant.lsq import LSQFakeQuantizer
 
@@ -44,8 +45,10 @@ def fully_shard_qat(
         ``model``, sharded in place.
 
     Raises:
+        TypeError: ``model`` is no nn.Module.
         ValueError: the model has no learned scales, or has no decoder and ``blocks`` is None.
     """
+    check_module("model", model)
     if not any(isinstance(module, LSQFakeQuantizer) for module in model.modules()):
         raise ValueError(f"model must have learned scales (call prepare_qat first), got none in {type(model).__name__}")
     if blocks is None:

@@ -91,7 +91,7 @@ class VisualTokenTap(HookContext):
             tiles are one image, but the processor does, so give ``lengths`` there.
 
         Raises:
-            TypeError: ``batch`` is no mapping.
+            TypeError: ``batch`` is no mapping, or ``lengths`` are not integers.
             ValueError: ``batch`` has no ``input_ids``, or they or ``lengths`` do not fit the forward.
             RuntimeError: no forward was seen since the tap was entered or last read.
         """
@@ -103,7 +103,7 @@ class VisualTokenTap(HookContext):
         hidden, recorded = self._latest()
         # Under device dispatch the decoder's last blocks may live elsewhere than the batch.
         input_ids = input_ids.to(hidden.device, non_blocking=True)
-        images: dict[str, list[int] | None] = recorded if lengths is None else {"image": list(lengths)}
+        images: Mapping[str, Sequence[int] | None] = recorded if lengths is None else {"image": lengths}
         tokens, found = _gather(hidden, input_ids, self._image_token_id, images, "image")
         if self._video_token_id is not None and self._video_token_id != self._image_token_id:
             videos, video_lengths = _gather(hidden, input_ids, self._video_token_id, recorded, "video")
@@ -234,7 +234,7 @@ def _module_after(decoder: nn.Module, layer: int) -> nn.Module:
 
 
 def _gather(
-    hidden: Tensor, input_ids: Tensor, token_id: int, recorded: dict[str, list[int] | None], kind: str
+    hidden: Tensor, input_ids: Tensor, token_id: int, recorded: Mapping[str, Sequence[int] | None], kind: str
 ) -> tuple[Tensor, list[int]]:
     # A forward that encoded images but no video has no video tokens; one that encoded nothing may have precomputed ones.
     lengths = recorded.get(kind, [] if recorded else None)

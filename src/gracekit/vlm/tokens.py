@@ -9,7 +9,7 @@ lengths therefore come from the model's own image features wherever those were s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -42,7 +42,7 @@ def visual_tokens(
         visual token (0, d), still attached to the graph, and an empty list.
 
     Raises:
-        TypeError: ``hidden`` is not floating, or ``input_ids`` not integer.
+        TypeError: ``hidden`` is not floating, or ``input_ids`` or ``lengths`` are not integers.
         ValueError: shapes or devices do not agree, or ``lengths`` do not fit the placeholders (on an accelerator the
             latter is an asynchronous assertion).
 
@@ -65,6 +65,8 @@ def visual_tokens(
     mask_BS = input_ids == _checks.check_int("image_token_id", image_token_id, low=0)
     if lengths is None:
         sizes = run_lengths(mask_BS)
+    elif not isinstance(lengths, Iterable):
+        raise TypeError(f"lengths must be a sequence of integers, got {type(lengths).__name__}")
     else:
         sizes = [_checks.check_int(f"lengths[{i}]", length, low=1) for i, length in enumerate(lengths)]
         _check_lengths(sizes, mask_BS)

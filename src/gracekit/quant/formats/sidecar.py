@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gracekit._checks import check_int
+from gracekit._checks import check_int, check_module
 from gracekit.quant._modules import swap_modules
 from gracekit.quant.qat import check_alone, check_layer, prepare_layer
 from gracekit.quant.scheme import LSQConfig, code_range, deployed_scale, float_codes, quotients, times_scale
@@ -39,6 +39,7 @@ def import_grace_sidecar(model: nn.Module, path: str | os.PathLike[str], *, bits
         Full names of the layers prepared, in the file's order. Go on training, :func:`convert` or export from there.
 
     Raises:
+        TypeError: ``model`` is no nn.Module, or ``bits`` no integer.
         ValueError: the file needs more than tensors to be read, is no sidecar, names a layer the model lacks, does not fit
             its sizes, holds codes beyond ``bits`` or weights that are no multiples of their scales. The model is unchanged then.
 
@@ -53,6 +54,7 @@ def import_grace_sidecar(model: nn.Module, path: str | os.PathLike[str], *, bits
         >>> model[0].weight_fake_quantizer.config.group_size
         2
     """
+    check_module("model", model)
     check_int("bits", bits, low=2, high=8)
     linears = {name: module for name, module in model.named_modules() if name and isinstance(module, nn.Linear)}
     plans: dict[str, tuple[nn.Linear, LSQConfig, Tensor, Tensor, Tensor | None]] = {}
