@@ -251,7 +251,10 @@ def test_a_finished_run_stays_and_other_settings_are_refused(home, tmp_path, cap
     output = tmp_path / "run"
     assert main(arguments(home, output)) == 0
     before = (output / "model" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
     assert main(arguments(home, output)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("This run is finished; nothing was done. Its model: ")
     assert (output / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert main(arguments(home, output, "--omega", "7")) == 2
     assert "omega: 3.0 -> 7.0" in capsys.readouterr().err

@@ -58,6 +58,8 @@ def train(config: TrainConfig) -> Path:
     """
     folder = Path(str(config.training.output_dir))
     if not open_run(config, folder):
+        if config.training.process_index == 0:
+            say(f"This run is finished; nothing was done. Its model: {folder / _MODEL}")
         return folder / _MODEL
     problems = check_launch(config.training, learned=config.pair.quantiser() is not None)
     if problems:
