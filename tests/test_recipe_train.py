@@ -15,7 +15,7 @@ import torch
 from conversation_cases import save_pair, write_llava
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from gracekit.quant import LSQConfig, load_qat, prepare_qat
 from gracekit.quant.formats.trained import SCALES_FILE
@@ -319,6 +319,19 @@ def test_a_pair_that_does_not_fit_is_refused_with_the_reason(home, tmp_path, cap
     assert "tokenizers must give every token one id" in refused(
         home, tmp_path, capsys, "--teacher", home / "qwen2_vl-teacher"
     )
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_name_that_is_no_model_is_refused_with_the_side_it_was_given_for(home, tmp_path, capsys, side, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", load_config_of_folders)
+    for name in (tmp_path / "none", home / "data"):
+        message = refused(home, tmp_path, capsys, f"--{side}", name)
+        assert f"error: {side} must be a model that transformers reads, with its processor, got '{name}': " in message
+        assert message.count("\n") == 1
+
+
+def load_config_of_folders(name, *, load=AutoConfig.from_pretrained, **options):
+    return load(name, **options | {"local_files_only": True})
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
