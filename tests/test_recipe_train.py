@@ -334,6 +334,15 @@ def load_config_of_folders(name, *, load=AutoConfig.from_pretrained, **options):
     return load(name, **options | {"local_files_only": True})
 
 
+def test_a_group_size_that_does_not_fit_is_refused_before_the_records_are_looked_at(
+    home, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("gracekit.recipe.train.checked_data", None)
+    assert "group_size must divide in_features, got group_size=48" in refused(
+        home, tmp_path, capsys, "--group_size", 48
+    )
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_model_whose_weights_are_not_whole_and_plain_is_refused(home, tmp_path, capsys, side):
     other = tmp_path / "other"

@@ -66,6 +66,7 @@ def train(config: TrainConfig) -> Path:
         raise ValueError("; ".join(problems))
     set_seed(config.training.seed)
     pair = load_pair(config, teacher_weights=not is_answered(config, folder))
+    prepare_student(config, pair.student)  # before the passes over the data, which may take long
     checkpoint = latest_checkpoint(folder)
     dataset = checked_data(config, pair, folder, resumed=checkpoint is not None)
     trainer = make_trainer(config, pair, dataset, folder)
@@ -108,7 +109,6 @@ def make_trainer(
         data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
     elif pair.teacher is not None:
         teacher, from_hidden = _teacher(config, pair, from_hidden)
-    prepare_student(config, pair.student)
     # Of a stream it is not known beforehand.
     pictured = config.training.world_size > 1 and (
         isinstance(dataset, ConversationStream) or any(record.images for record in dataset.records)
