@@ -343,6 +343,12 @@ def test_a_group_size_that_does_not_fit_is_refused_before_the_records_are_looked
     )
 
 
+def test_data_that_are_not_there_are_refused_before_a_model_is_loaded(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gracekit.recipe.train.load_pair", None)
+    assert "which is not there" in refused(home, tmp_path, capsys, "--data", tmp_path / "none.json")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_model_whose_weights_are_not_whole_and_plain_is_refused(home, tmp_path, capsys, side):
     other = tmp_path / "other"

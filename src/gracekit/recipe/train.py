@@ -31,6 +31,7 @@ from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, load_pair, load_student, scales_folder
 from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.record_sources import existing
 from gracekit.recipe.run_folder import DONE, open_run
 from gracekit.recipe.sharding import check_launch, forward_dtype
 from gracekit.recipe.stages import write_json
@@ -56,6 +57,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: bad records, a pair that does not fit, or a launch that it cannot be trained under, with all reasons.
         FileExistsError: the run's folder holds something else.
     """
+    existing(config.data.data)
     folder = Path(str(config.training.output_dir))
     if not open_run(config, folder):
         if config.training.process_index == 0:
