@@ -23,6 +23,7 @@ from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.progress import quiet, say
 from gracekit.recipe.record_format import IMAGE_MARK, Turn
 
+_SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 _LEAST_TEMPERATURE = 1e-3  # logits divided by less may be no numbers
 
 
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_int("max_new_tokens", given.max_new_tokens, low=1)
         check_int("group_size", given.group_size, low=1)
+        check_int("seed", given.seed, low=_SEEDS[0], high=_SEEDS[1])
         if check_real("temperature", given.temperature, low=0.0) < _LEAST_TEMPERATURE and given.temperature:
             raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {given.temperature:g}")
         device = RunConfig(device=given.device).torch_device()
