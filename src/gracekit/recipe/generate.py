@@ -15,11 +15,11 @@ from transformers import GenerationConfig
 from gracekit._checks import check_int, check_real
 from gracekit.inference import Generation
 from gracekit.inference import generate as generate_tokens
-from gracekit.recipe.answering import load_model, precision_of
+from gracekit.recipe.answering import load_model, precision_of, processor_of
 from gracekit.recipe.batches import ConversationCollator
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.experiment import kernel_name
-from gracekit.recipe.processors import ConversationProcessor, load_processor
+from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.progress import quiet, say
 from gracekit.recipe.record_format import IMAGE_MARK, Turn
 
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {given.temperature:g}")
         device = RunConfig(device=given.device).torch_device()
         precision = precision_of(given.folder, int4=given.int4)
-        processor = load_processor(given.processor or given.folder)
+        processor = processor_of(given.folder, given.processor)
         model = load_model(given.folder, precision, device, group_size=given.group_size).eval()
         said = answer(
             model,
