@@ -340,6 +340,7 @@ def test_a_data_set_that_datasets_saved_asks_the_questions_of_its_file(llava, da
         (["--precision", "int4"], "int4-rtn rounds one"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--data", "nowhere.json"], "nowhere.json"),
+        (["--processor", "nowhere"], "processor must be a folder that is there, got 'nowhere'"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_a_question_is_asked(llava, data, tmp_path, more, message, capsys):

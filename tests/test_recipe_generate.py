@@ -164,6 +164,8 @@ def test_what_cannot_be_done_is_one_line(tmp_path, picture, capsys):
         ([folder, "--max-new-tokens", "9999"], "max_length must be at most the model's 256 positions"),
         ([folder, "--image", str(tmp_path / "none.png")], "none.png"),
         ([folder, "--int4"], "group_size"),
+        ([folder, "--seed", "99999999999999999999"], "seed must be at least"),
+        ([folder, "--processor", str(tmp_path / "none")], "processor must be a folder that is there"),
     ):
         assert main(["generate", *arguments, "--prompt", "What?"]) == 2
         error = capsys.readouterr().err

@@ -116,6 +116,17 @@ def test_a_trained_width_is_looked_at_first_too(tmp_path, capsys, monkeypatch):
     assert "--format awq holds weights of 4 bits, got bits=8" in capsys.readouterr().err
 
 
+def test_a_model_with_learned_scales_is_not_rounded_without_them(run, tmp_path, capsys):
+    _, trained = run
+    output = tmp_path / "out"
+    command = ["quantize", str(trained), "--format", "torchao", "--group-size", "32", "--output", str(output)]
+    assert main(command) == 2
+    assert (
+        "MODEL_DIR must hold a plain model, got learned scales (gracekit export writes them)" in capsys.readouterr().err
+    )
+    assert not output.exists()
+
+
 def test_the_default_output_is_beside_the_folder_however_it_is_named(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert main(["quantize", ".", "--format", "torchao-reference", "--group-size", "32"]) == 0

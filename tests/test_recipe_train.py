@@ -15,7 +15,7 @@ import torch
 from conversation_cases import save_pair, write_llava
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from gracekit.quant import LSQConfig, load_qat, prepare_qat
 from gracekit.quant.formats.trained import SCALES_FILE
@@ -251,7 +251,10 @@ def test_a_finished_run_stays_and_other_settings_are_refused(home, tmp_path, cap
     output = tmp_path / "run"
     assert main(arguments(home, output)) == 0
     before = (output / "model" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
     assert main(arguments(home, output)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("This run is finished; nothing was done. Its model: ")
     assert (output / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert main(arguments(home, output, "--omega", "7")) == 2
     assert "omega: 3.0 -> 7.0" in capsys.readouterr().err
@@ -316,6 +319,34 @@ def test_a_pair_that_does_not_fit_is_refused_with_the_reason(home, tmp_path, cap
     assert "tokenizers must give every token one id" in refused(
         home, tmp_path, capsys, "--teacher", home / "qwen2_vl-teacher"
     )
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_name_that_is_no_model_is_refused_with_the_side_it_was_given_for(home, tmp_path, capsys, side, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", load_config_of_folders)
+    for name in (tmp_path / "none", home / "data"):
+        message = refused(home, tmp_path, capsys, f"--{side}", name)
+        assert f"error: {side} must be a model that transformers reads, with its processor, got '{name}': " in message
+        assert message.count("\n") == 1
+
+
+def load_config_of_folders(name, *, load=AutoConfig.from_pretrained, **options):
+    return load(name, **options | {"local_files_only": True})
+
+
+def test_a_group_size_that_does_not_fit_is_refused_before_the_records_are_looked_at(
+    home, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("gracekit.recipe.train.checked_data", None)
+    assert "group_size must divide in_features, got group_size=48" in refused(
+        home, tmp_path, capsys, "--group_size", 48
+    )
+
+
+def test_data_that_are_not_there_are_refused_before_a_model_is_loaded(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gracekit.recipe.train.load_pair", None)
+    assert "which is not there" in refused(home, tmp_path, capsys, "--data", tmp_path / "none.json")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

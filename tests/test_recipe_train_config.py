@@ -129,6 +129,16 @@ def test_a_preset_is_named_in_either_spelling():
     assert parse([*NEEDED, "--preset=released"]).method == parse([*NEEDED, "--preset", "released"]).method
 
 
+@pytest.mark.parametrize("spelt", [["--num_train_epochs", "2"], ["--num-train-epochs=2"]])
+def test_epochs_that_are_asked_for_are_not_overruled_by_the_steps_of_a_preset(tmp_path, spelt):
+    small = [*NEEDED, "--preset", "small"]
+    asked = parse([*small, *spelt]).training
+    assert (asked.num_train_epochs, asked.max_steps) == (2, -1)
+    (tmp_path / "run.yaml").write_text("num_train_epochs: 2\n")
+    assert parse([str(tmp_path / "run.yaml"), *small]).training.max_steps == -1
+    assert parse([*small, *spelt, "--max_steps", "9"]).training.max_steps == 9
+
+
 @pytest.mark.parametrize(("arguments", "expected"), [([], "paper"), (["--preset", "small"], "small")])
 def test_the_help_states_the_defaults_that_are_in_force(capsys, arguments, expected):
     with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import read_scale
 from gracekit.quant.scheme import holds_scale
 from gracekit.recipe.batches import ConversationCollator
-from gracekit.recipe.processors import ConversationProcessor
+from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.quantize import class_of, load
 from gracekit.recipe.questions import Asked
 
@@ -110,6 +110,18 @@ def _deployed(model: Any) -> Any:
     if dtype != torch.bfloat16 and scales[0].is_cuda:  # torchao's kernel there has bfloat16 alone
         target = "triton" if dtype == torch.float16 else "reference"
     return convert(model, target, dtype=dtype).to(dtype)
+
+
+def processor_of(folder: Path, given: Path | None) -> ConversationProcessor:
+    """Return the processor of a model's folder, or of the folder that was given for it.
+
+    Raises:
+        ValueError: that is not there, or its parts cannot be used.
+        OSError: a part is missing.
+    """
+    if given is not None and not given.is_dir():
+        raise ValueError(f"processor must be a folder that is there, got {str(given)!r}")
+    return load_processor(given or folder)
 
 
 @torch.inference_mode()

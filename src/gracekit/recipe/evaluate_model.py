@@ -20,12 +20,20 @@ from typing import Any
 import torch
 
 from gracekit._checks import check_int
-from gracekit.recipe.answering import ENGINES, PRECISIONS, answer, check_precision, load_model, precision_of
+from gracekit.recipe.answering import (
+    ENGINES,
+    PRECISIONS,
+    answer,
+    check_precision,
+    load_model,
+    precision_of,
+    processor_of,
+)
 from gracekit.recipe.bad_records import BAD_RECORDS, count_kinds, left_out
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.environment import environment
 from gracekit.recipe.experiment import kernel_name
-from gracekit.recipe.processors import ConversationProcessor, load_processor
+from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.questions import METRICS, Questions, read_questions
 from gracekit.recipe.stages import write_json
@@ -191,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_precision(given.folder, given.precision)
         settings = describe(given)
         open_answers(given.output, settings)  # before any work: may it be written to?
-        processor = load_processor(given.processor or given.folder)
+        processor = processor_of(given.folder, given.processor)
         with progress_bars() as bars:
             names, tasks = iter(("data: look at every record", "data: encode every question")), []
             questions = read_questions(

@@ -15,14 +15,15 @@ from transformers import GenerationConfig
 from gracekit._checks import check_int, check_real
 from gracekit.inference import Generation
 from gracekit.inference import generate as generate_tokens
-from gracekit.recipe.answering import load_model, precision_of
+from gracekit.recipe.answering import load_model, precision_of, processor_of
 from gracekit.recipe.batches import ConversationCollator
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.experiment import kernel_name
-from gracekit.recipe.processors import ConversationProcessor, load_processor
+from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.progress import quiet, say
 from gracekit.recipe.record_format import IMAGE_MARK, Turn
 
+_SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 _LEAST_TEMPERATURE = 1e-3  # logits divided by less may be no numbers
 
 
@@ -131,11 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_int("max_new_tokens", given.max_new_tokens, low=1)
         check_int("group_size", given.group_size, low=1)
+        check_int("seed", given.seed, low=_SEEDS[0], high=_SEEDS[1])
         if check_real("temperature", given.temperature, low=0.0) < _LEAST_TEMPERATURE and given.temperature:
             raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {given.temperature:g}")
         device = RunConfig(device=given.device).torch_device()
         precision = precision_of(given.folder, int4=given.int4)
-        processor = load_processor(given.processor or given.folder)
+        processor = processor_of(given.folder, given.processor)
         model = load_model(given.folder, precision, device, group_size=given.group_size).eval()
         said = answer(
             model,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -62,11 +63,11 @@ def load_pair(config: TrainConfig, *, teacher_weights: bool = True) -> Pair:
     teacher = teacher_processor = None
     if config.method.losses != "ce":
         teacher = _load("teacher", config.pair.teacher, torch.bfloat16, weights=teacher_weights)
-        teacher_processor = load_processor(config.pair.teacher)
+        teacher_processor = _load_processor("teacher", config.pair.teacher)
     return Pair(
         student=student,
         teacher=teacher,
-        processor=load_processor(config.pair.student),
+        processor=_load_processor("student", config.pair.student),
         teacher_processor=teacher_processor,
     )
 
@@ -91,7 +92,8 @@ def load_student(config: TrainConfig, dtype: torch.dtype) -> Any:
 def _load(side: str, name: str, dtype: torch.dtype, *, weights: bool = True) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(name)
+    with _named(side, name):
+        config = AutoConfig.from_pretrained(name)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
@@ -106,9 +108,28 @@ def _load(side: str, name: str, dtype: torch.dtype, *, weights: bool = True) -> 
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, dtype=dtype)
     try:
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        with _named(side, name):
+            return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     except SafetensorError as error:
         raise ValueError(f"{side} must have whole files of weights, got a broken one in {name!r}: {error}") from error
+
+
+def _load_processor(side: str, name: str) -> ConversationProcessor:
+    with _named(side, name):
+        return load_processor(name)
+
+
+@contextmanager
+def _named(side: str, name: str) -> Iterator[None]:
+    """Say for which side it was where transformers refuses a name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        reason = " ".join(str(error).split())
+        raise kind(
+            f"{side} must be a model that transformers reads, with its processor, got {name!r}: {reason}"
+        ) from error
 
 
 def check_pair(pair: Pair, records: Sequence[Record]) -> list[str]:

@@ -150,6 +150,10 @@ def quantize(arguments: Sequence[str] | None = None) -> int:
     def act() -> Any:
         LSQConfig(bits=given.bits, group_size=given.group_size)
         check_width(given.format, given.bits)
+        if (given.folder / SCALES_FILE).is_file():  # without them its weights are another model
+            raise ValueError(
+                f"MODEL_DIR must hold a plain model, got learned scales (gracekit export writes them) in {given.folder}"
+            )
         model = load(given.folder)
         dtype = DTYPES.get(given.dtype, model.dtype)
         # What kernels of the format hold exactly: float16 scales for AWQ and for float16 models.

@@ -31,6 +31,7 @@ from gracekit.recipe.environment import environment
 from gracekit.recipe.pairs import Pair, load_pair, load_student, scales_folder
 from gracekit.recipe.precomputed import is_answered, precompute
 from gracekit.recipe.progress import progress_bars, quiet, say
+from gracekit.recipe.record_sources import existing
 from gracekit.recipe.run_folder import DONE, open_run
 from gracekit.recipe.sharding import check_launch, forward_dtype
 from gracekit.recipe.stages import write_json
@@ -56,14 +57,18 @@ def train(config: TrainConfig) -> Path:
         ValueError: bad records, a pair that does not fit, or a launch that it cannot be trained under, with all reasons.
         FileExistsError: the run's folder holds something else.
     """
+    existing(config.data.data)
     folder = Path(str(config.training.output_dir))
     if not open_run(config, folder):
+        if config.training.process_index == 0:
+            say(f"This run is finished; nothing was done. Its model: {folder / _MODEL}")
         return folder / _MODEL
     problems = check_launch(config.training, learned=config.pair.quantiser() is not None)
     if problems:
         raise ValueError("; ".join(problems))
     set_seed(config.training.seed)
     pair = load_pair(config, teacher_weights=not is_answered(config, folder))
+    prepare_student(config, pair.student)  # before the passes over the data, which may take long
     checkpoint = latest_checkpoint(folder)
     dataset = checked_data(config, pair, folder, resumed=checkpoint is not None)
     trainer = make_trainer(config, pair, dataset, folder)
@@ -106,7 +111,6 @@ def make_trainer(
         data, collate = TaughtDataset(dataset, states), TaughtCollator(collate)
     elif pair.teacher is not None:
         teacher, from_hidden = _teacher(config, pair, from_hidden)
-    prepare_student(config, pair.student)
     # Of a stream it is not known beforehand.
     pictured = config.training.world_size > 1 and (
         isinstance(dataset, ConversationStream) or any(record.images for record in dataset.records)

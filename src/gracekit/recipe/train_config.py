@@ -228,8 +228,12 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         f"--preset {chosen.preset}.",
         allow_abbrev=False,
     )
+    flags = _flags(settings)
+    defaults = preset(chosen.preset)
+    if "num_train_epochs" in {flag.partition("=")[0].lstrip("-").replace("-", "_") for flag in [*flags, *given]}:
+        defaults.pop("max_steps", None)  # with them transformers would not count epochs
     # As text, which argparse takes for what a command line says.
-    parser.set_defaults(**{name: str(value) for name, value in preset(chosen.preset).items()})
+    parser.set_defaults(**{name: str(value) for name, value in defaults.items()})
     options = {action.dest for action in parser._actions}
     for name, value in settings.items():
         if str(name).replace("-", "_") not in options:
@@ -237,7 +241,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         if value is None:
             raise ValueError(f"{name} must have a value, or be left out, got null in {path}")
     pair, data, method, training, *unknown = parser.parse_args_into_dataclasses(
-        args=[*_flags(settings), *given], look_for_args_file=False, return_remaining_strings=True
+        args=[*flags, *given], look_for_args_file=False, return_remaining_strings=True
     )
     if any(unknown):
         raise ValueError(f"every option must be one of gracekit train, spelt out, got {' '.join(*unknown)}")
