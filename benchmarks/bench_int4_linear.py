@@ -84,7 +84,8 @@ def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> l
     for count in ROWS[device]:
         times: dict[str, list[float]] = {name: [] for name in copies}
         inputs = {
-            dtype: torch.randn(count, shape[1], device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+            dtype: torch.randn(count, shape[1], device=device, dtype=dtype)
+            for dtype in {dtype_of(name) for name in copies}
         }
         for turn in range(1 + TURNS):
             for name, weight in copies.items():
