@@ -50,15 +50,17 @@ def on_a_rank(rank, world, part, expected):
     mixed = fully_shard_qat(build(), mesh=mesh, mp_policy=policy)
     fake = mixed.layers[0][0].weight_fake_quantizer
     fake.register_forward_hook(
-        lambda module, args, out: seen.append((args[0].clone(), module.log_scale.clone(), out.clone()))
+        lambda module, args, out: seen.append(tuple(tensor.clone() for tensor in (*args, module.log_scale, out)))
     )
     mixed(part[rank]).float().square().mean().backward()
-    ((weight, log_scale, values),) = seen
-    assert (weight.dtype, log_scale.dtype, values.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    ((weight, x, bias, log_scale, product),) = seen
+    assert {tensor.dtype for tensor in (weight, x, bias, product)} == {torch.bfloat16}
+    assert log_scale.dtype == torch.float32
     # What is trained is what a prepared bfloat16 model with this state holds.
     plain = build().layers[0][0]
     held = lsq_fake_quantize(plain.weight.bfloat16(), plain.weight_fake_quantizer.log_scale, group_size=16)
-    assert torch.equal(values, held)
+    assert torch.equal(lsq_fake_quantize(weight, log_scale, group_size=16), held)
+    assert torch.equal(product, nn.functional.linear(x, held, bias))
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 ``values_kernel`` writes W_q; ``gradients_kernel`` reads the gradient and the weight and writes dW and dtheta, one program to a
 handful of groups, so that the sum over a group never leaves it. Traffic is two reads and two writes of the weight's size over both
-directions, plus the gradient's read. The scales are made from their logarithms anew in both, as ``deployed_scale`` makes them: the
-exponential in float64, one rounding to float32, one to the scales' dtype.
+directions, plus the gradient's read; in place, where dW is made of the gradient itself, the second write is of the zeros at clipped
+weights alone. The scales are made from their logarithms anew in both, as ``deployed_scale`` makes them: the exponential in
+float64, one rounding to float32, one to the scales' dtype.
 
 The codes are those of the plain formula, bit for bit. Adding and taking away 1.5 * 2^23 rounds half to even as torch.round does.
 Where weight or scale is float32 the quotient is ``div_rn``, the division of IEEE 754 (Triton's ``/`` need not be). Where both are
@@ -99,9 +100,12 @@ def gradients_kernel(
     grad, weight, log_scale, grad_weight, grad_log_scale, N,
     G: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     HALVES: tl.constexpr, DTYPE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    WITH_WEIGHT: tl.constexpr, WITH_SCALE: tl.constexpr,
+    WITH_WEIGHT: tl.constexpr, WITH_SCALE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of ROWS groups; the last groups first, whose incoming gradient the cache still holds."""
+    """The gradients of ROWS groups; the last groups first, whose incoming gradient the cache still holds.
+
+    IN_PLACE: ``grad_weight`` is ``grad``, and only what differs, the zeros, is written.
+    """
     group = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     s = _scale(tl.load(log_scale + group, mask=group < N, other=0.0), DTYPE, LEAST, MOST)
     total = tl.zeros([ROWS], tl.float32)
@@ -113,7 +117,8 @@ def gradients_kernel(
         g = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
         inside = _is_inside(ratio, LOW, HIGH, HALVES)
         if WITH_WEIGHT:
-            tl.store(grad_weight + at, tl.where(inside, g, 0.0).to(grad_weight.dtype.element_ty), mask=here)
+            changed = here & ~inside if IN_PLACE else here
+            tl.store(grad_weight + at, tl.where(inside, g, 0.0).to(grad_weight.dtype.element_ty), mask=changed)
         if WITH_SCALE:
             slope = _code(ratio, LOW, HIGH, HALVES) - tl.where(inside, ratio, 0.0)
             total += tl.sum(slope * g, 1)
@@ -140,17 +145,26 @@ def backward(
     *,
     needs_weight: bool,
     needs_scale: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return dW (O, I) in the weight's dtype and dtheta (O, S) in float32, each empty unless it is needed."""
+    """Return dW (O, I) in the weight's dtype and dtheta (O, S) in float32, each empty unless it is needed.
+
+    ``in_place`` makes dW of ``grad`` itself, which then is contiguous and of the weight's dtype.
+    """
+    assert not in_place or (grad.is_contiguous() and grad.dtype == weight.dtype)
     grad, weight, log_scale = grad.contiguous(), weight.contiguous(), log_scale.contiguous()
-    grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    if not needs_weight:
+        grad_weight = weight.new_empty(0)
+    elif in_place:
+        grad_weight = grad
+    else:
+        grad_weight = torch.empty_like(weight)
     grad_log_scale = torch.empty_like(log_scale) if needs_scale else log_scale.new_empty(0)
     if weight.numel():
         grid, sizes, options = _settings(weight, log_scale, bits, scale_dtype)
         tensors = [grad, weight, log_scale, grad_weight, grad_log_scale]
-        launch(
-            gradients_kernel, grid, tensors, sizes, options | {"WITH_WEIGHT": needs_weight, "WITH_SCALE": needs_scale}
-        )
+        options |= {"WITH_WEIGHT": needs_weight, "WITH_SCALE": needs_scale, "IN_PLACE": in_place}
+        launch(gradients_kernel, grid, tensors, sizes, options)
     return grad_weight, grad_log_scale
 
 

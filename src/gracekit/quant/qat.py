@@ -180,6 +180,14 @@ def check_alone(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
 class LSQLinear(FakeQuantizedLinear):  # type: ignore[misc]
     """A layer that computes with :func:`lsq_fake_quantize` of its weight."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output (..., out) for ``x`` (..., in)."""
+        fake = self.weight_fake_quantizer
+        if self.activation_fake_quantizer is not None or not isinstance(fake, LSQFakeQuantizer):
+            return super().forward(x)  # type: ignore[no-any-return]
+        # The whole product through the quantiser's own call, because FSDP2 gathers the scales by hooks on it.
+        return fake(self.weight, x, self.bias)  # type: ignore[no-any-return]
+
     def to_linear(self) -> nn.Linear:
         """Refuse torchao's convert step: it would drop the learned scales, or estimate others in their place."""
         raise ValueError(
