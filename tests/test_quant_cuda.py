@@ -88,3 +88,73 @@ def test_a_compiled_layer_computes_the_same_bits_on_cuda():
     model = prepared_on_cuda("ties", 0)
     fake = model[0].weight_fake_quantizer
     assert torch.equal(torch.compile(fake, fullgraph=True)(model[0].weight), fake(model[0].weight))
+
+
+def composed(layer, x):
+    """What a layer computes, in two steps."""
+    fake = layer.weight_fake_quantizer
+    values = lsq_fake_quantize(layer.weight, fake.log_scale, group_size=fake.config.group_size)
+    return F.linear(x, values, layer.bias)
+
+
+def layer_on_cuda(dtype, *, outputs, inputs, group_size, bias):
+    """A layer of which a good part of the weights is clipped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, outputs, bias=bias, dtype=dtype, device="cuda"))
+    prepare_qat(model, LSQConfig(group_size=group_size))
+    with torch.no_grad():
+        model[0].weight_fake_quantizer.log_scale.sub_(0.7)
+    return model[0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(384,), (33, 384), (2, 5, 384), (2, 0, 384), (2, 256, 384)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_layer_in_one_function_has_the_bits_of_the_two_steps(dtype, shape, bias):
+    layer = layer_on_cuda(dtype, outputs=40, inputs=384, group_size=64, bias=bias)
+    x = normal(1, *shape, dtype=dtype).cuda().requires_grad_()
+    grad = normal(2, *shape[:-1], 40, dtype=dtype).cuda()
+    found, expected = layer(x), composed(layer, x)
+    leaves = [x, *layer.parameters()]
+    assert torch.equal(found, expected)
+    gradients = torch.autograd.grad(found, leaves, grad)
+    for a, b in zip(gradients, torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert torch.equal(a, b)
+    if x.numel():
+        assert bool((gradients[1] == 0).any())
+
+
+def allocated(function):
+    """Return what ``function`` returns, and the bytes that it allocates in all, those that it frees again included."""
+    before = torch.cuda.memory_stats()["allocated_bytes.all.allocated"]
+    result = function()
+    return result, torch.cuda.memory_stats()["allocated_bytes.all.allocated"] - before
+
+
+def test_a_layer_keeps_two_bytes_a_weight_more_than_a_plain_one_and_makes_one_tensor_less_than_two_steps():
+    layer = layer_on_cuda(torch.bfloat16, outputs=1024, inputs=4096, group_size=128, bias=False)
+    plain = nn.Linear(4096, 1024, bias=False, dtype=torch.bfloat16, device="cuda")
+    x = normal(1, 64, 4096, dtype=torch.bfloat16).cuda().requires_grad_()
+    grad = torch.ones(64, 1024, dtype=torch.bfloat16, device="cuda")
+    size = 2 * layer.weight.numel()
+    calls = {"plain": plain, "layer": layer, "two steps": lambda x: composed(layer, x)}
+    leaves = {name: [x, *(plain if name == "plain" else layer).parameters()] for name in calls}
+    kept, peak, made = {}, {}, {}
+    for _ in range(2):  # compiled and warm the second time
+        for name, call in calls.items():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            output = call(x)
+            kept[name] = torch.cuda.memory_allocated() - before
+            # Kept for a second backward pass, so that W_q does not make room for what comes after it.
+            gradients, made[name] = allocated(
+                lambda output=output, name=name: torch.autograd.grad(output, leaves[name], grad, retain_graph=True)
+            )
+            peak[name] = torch.cuda.max_memory_allocated() - before
+            del output, gradients
+    # Scales and their gradient are a sixty-fourth of the weight each.
+    assert kept["layer"] - kept["plain"] <= 1.05 * size
+    assert peak["layer"] - peak["plain"] <= 1.05 * size
+    assert made["layer"] - made["plain"] <= 0.05 * size
+    assert made["two steps"] - made["plain"] >= 0.95 * size
+    assert peak["two steps"] - peak["layer"] >= 0.9 * size

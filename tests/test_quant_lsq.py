@@ -1,9 +1,13 @@
 import pytest
 import torch
-from strategies import normal
+from hypothesis import given
+from hypothesis import strategies as st
+from quant_cases import dtypes, kinds, weights
+from strategies import normal, seeds
 from torch import nn
 
-from gracekit.quant import LSQConfig, lsq_fake_quantize, prepare_qat
+from gracekit.quant import LSQConfig, _torch_lsq, lsq_fake_quantize, prepare_qat
+from gracekit.quant.scheme import search_scale
 
 
 def pair(dtype=torch.float32, outputs=4, groups=2, group_size=8):
@@ -67,6 +71,26 @@ def test_it_is_refused_beside_a_frozen_half_and_under_a_linear_loss_too(frozen):
     (grad,) = torch.autograd.grad(lsq_fake_quantize(**parts, group_size=8).sum(), learned, create_graph=True)
     with pytest.raises(RuntimeError, match="lsq_fake_quantize has a closed-form gradient"):
         grad.square().sum().backward()
+
+
+@given(seeds, kinds, dtypes, st.integers(2, 8), st.integers(1, 9), st.integers(1, 40), st.sampled_from([0.0, 1.0]))
+def test_gradients_in_place_are_those_out_of_place(seed, kind, dtype, bits, outputs, group_size, finer):
+    weight = weights(kind, seed, outputs, 2 * group_size, dtype, group_size)
+    log_scale = search_scale(weight, bits, group_size).clamp_min(2.0**-120).log() - finer
+    weight.view(-1)[::11] = torch.nan
+    grad = normal(seed + 2, *weight.shape, dtype=dtype)
+    for start, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0)):
+        grad.view(-1)[start::17] = value
+    own = grad.clone()
+    options = {"needs_weight": True, "needs_scale": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torch_lsq, "_BLOCK", 3 * weight.shape[1])  # so that there are several, the last one smaller
+        expected = _torch_lsq.backward(grad, weight, log_scale, bits, torch.bfloat16, **options)
+        found = _torch_lsq.backward(own, weight, log_scale, bits, torch.bfloat16, **options, in_place=True)
+    assert found[0] is own
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan())
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -31,6 +31,7 @@ dtypes = st.sampled_from([*halves, torch.float32])
 written = st.sampled_from([*halves, torch.float32] if CUDA else [torch.float16, torch.float32])
 # Groups of one number, of no power of two, and of more than a tile.
 groups = st.sampled_from([(3, 1), (5, 12), (40, 128), (2, 5000)])
+any_groups = st.one_of(groups, st.tuples(st.integers(1, 9), st.integers(1, 70)))
 
 
 def drawn(seed, kind, dtype, bits, sizes):
@@ -90,6 +91,26 @@ def test_gradients_are_those_of_the_formula(seed, kind, dtype, scale_dtype, bits
     alone = _triton_lsq.backward(*given, needs_weight=False, needs_scale=True)
     assert torch.equal(alone[1], both[1])
     assert alone[0].numel() == 0
+
+
+# The interpreter's sums are numpy's, which warns where infinities cancel.
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@settings(max_examples=30)
+@given(seeds, kinds, dtypes, dtypes, widths, any_groups, st.sampled_from([0.0, 1.0]))
+def test_gradients_in_place_are_those_out_of_place_bit_for_bit(seed, kind, dtype, scale_dtype, bits, sizes, finer):
+    weight, log_scale = drawn(seed, kind, dtype, bits, sizes)
+    weight.view(-1)[::11], log_scale = torch.nan, log_scale - finer
+    grad = normal(seed + 2, *weight.shape, dtype=dtype).to(DEVICE)
+    for start, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0)):
+        grad.view(-1)[start::17] = value
+    given = (weight, log_scale, bits, scale_dtype)
+    for needs_scale in (True, False):
+        expected = _triton_lsq.backward(grad, *given, needs_weight=True, needs_scale=needs_scale)
+        own = grad.clone()
+        found = _triton_lsq.backward(own, *given, needs_weight=True, needs_scale=needs_scale, in_place=True)
+        assert found[0] is own
+        for a, b in zip(found, expected, strict=True):
+            assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("scale_dtype", [*halves, torch.float32])

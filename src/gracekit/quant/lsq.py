@@ -78,7 +78,8 @@ class LSQFakeQuantizer(FakeQuantizerBase):  # type: ignore[misc]
     def forward(self, weight: Tensor, x: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """Return the fake-quantised ``weight`` (out, in); given ``x``, the layer's output ``F.linear(x, that, bias)``.
 
-        Both have the same bits and gradients. In one call, the layer's backward pass makes one tensor of the weight's size less.
+        The product has the same bits and gradients either way; made here, its backward pass makes one tensor of the weight's size
+        less.
 
         Args:
             weight: (out, in), as :func:`lsq_fake_quantize` takes it.

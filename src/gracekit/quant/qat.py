@@ -183,7 +183,7 @@ class LSQLinear(FakeQuantizedLinear):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output (..., out) for ``x`` (..., in)."""
         fake = self.weight_fake_quantizer
-        if self.activation_fake_quantizer is not None or not isinstance(fake, LSQFakeQuantizer):
+        if self.activation_fake_quantizer is not None or not isinstance(fake, LSQFakeQuantizer) or x is None:
             return super().forward(x)  # type: ignore[no-any-return]
         # The whole product through the quantiser's own call, because FSDP2 gathers the scales by hooks on it.
         return fake(self.weight, x, self.bias)  # type: ignore[no-any-return]
