@@ -52,6 +52,7 @@ def gpu(session: nox.Session) -> None:
         "tests/test_relational_cka.py",
         "tests/test_triton_attention.py",
         "tests/test_triton_int4.py",
+        "tests/test_gluon_int4.py",
         "tests/test_triton_lsq.py",
         "tests/test_quant_cuda.py",
         "tests/test_inference_generate.py",

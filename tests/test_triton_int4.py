@@ -42,6 +42,7 @@ narrow = st.builds(
     warps=st.just(4),
     stages=st.sampled_from([1, 3]),
     scaled=st.just(False),
+    persistent=st.just(False),
 )
 wide = st.builds(
     Schedule,
@@ -52,6 +53,7 @@ wide = st.builds(
     warps=st.just(4),
     stages=st.sampled_from([1, 3]),
     scaled=st.booleans(),
+    persistent=st.just(False),
 )
 
 
@@ -226,12 +228,17 @@ def test_rounding_to_nearest_goes_into_the_form_as_well():
 
 
 @given(
-    st.integers(1, 8192), st.sampled_from([64, 4096, 11008, 151936]), st.integers(1, 120), st.sampled_from([16, 132])
+    st.integers(1, 8192),
+    st.sampled_from([64, 4096, 11008, 151936]),
+    st.integers(1, 120),
+    st.sampled_from([16, 132]),
+    st.booleans(),
 )
-def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors):
-    found = _int4_choices.schedules(rows, outputs, chunks, processors)
+def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors, persistent):
+    found = _int4_choices.schedules(rows, outputs, chunks, processors, persistent=persistent)
     assert found
-    assert len(set(found)) == len(found) <= 20
+    assert len(set(found)) == len(found) <= 24
+    assert any(schedule.persistent for schedule in found) == (persistent and rows > 64)
     for schedule in found:
         assert schedule.rows in (16, 32, 64, 128)
         assert schedule.tokens in _int4_choices._WIDE

@@ -30,7 +30,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from gracekit.quant import _int4_launch as kernel
-from gracekit.quant._int4_launch import Schedule
+from gracekit.quant._int4_launch import Schedule, gluon
 from gracekit.quant._int4_layout import TILE
 
 _FINE = 64
@@ -41,6 +41,7 @@ _FINALISTS = 3
 _TURNS = 3
 _STAGES = 3
 _DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
+_ROUNDING = 2.0**-6  # two roundings of bfloat16, and sums in another order
 _FEW = 64  # rows of x, whose products wait for the memory
 _MORE = (2, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
@@ -128,8 +129,11 @@ def _table(device: int) -> Table:
     return Table(cache_folder() / f"w4a16-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
 
 
-def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Schedule]:
-    """Return what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors."""
+def schedules(rows: int, outputs: int, chunks: int, processors: int, *, persistent: bool = False) -> list[Schedule]:
+    """Return what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors.
+
+    ``persistent``: whether the device has ``persistent_kernel``.
+    """
     tokens = max(8, min(triton.next_power_of_2(rows), 256))
     found = [
         Schedule(tile, tokens, parts, split, warps, _STAGES, scaled=False)
@@ -138,13 +142,21 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int) -> list[Sch
         for split in _splits(-(-outputs // TILE) * (TILE // tile), processors)
         if split == 1 or chunks >= 2 * parts * split
     ]
-    return found + [
+    found += [
         Schedule(tile, width, 0, split, warps, stages, scaled)
         for width in sorted({min(tokens, 64), min(tokens, 128), tokens})
         for tile, warps, stages, scaled in _WIDE[width]
         for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _FEW else ())
         if split == 1 or chunks >= 2 * split
     ]
+    if persistent and rows > _FEW:
+        found += [
+            Schedule(gluon.ROWS, width, 0, split, gluon.WARPS, slots, scaled=True, persistent=True)
+            for width, slots in gluon.SLOTS.items()
+            for split in _splits(-(-outputs // gluon.ROWS) * -(-rows // width), processors)
+            if split == 1 or chunks >= 2 * split
+        ]
+    return found
 
 
 def _splits(tiles: int, processors: int, more: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -169,7 +181,13 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
     weights = [packed, *(packed.clone() for _ in range(count - 1))]
     tried = [
         schedule
-        for schedule in schedules(rows, outputs, packed.shape[1], properties.multi_processor_count)
+        for schedule in schedules(
+            rows,
+            outputs,
+            packed.shape[1],
+            properties.multi_processor_count,
+            persistent=kernel.has_persistent(x, outputs),
+        )
         if schedule.counters(len(packed) * TILE, rows, properties.multi_processor_count) <= counters.numel()
     ]
     kernel.compile_ahead(inputs, packed, scale, counters, outputs, tried)
@@ -188,6 +206,12 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
         for schedule in (None, *tried):
             with contextlib.suppress(OutOfResources, CompilationError, PTXASError):  # more than this card has
                 times[schedule] = microseconds(schedule)
+        # What compiles is not believed to be right on a card, and with a Triton, that nobody here has seen.
+        dense = multiply(None, packed).float()
+        for schedule in tried:
+            if schedule in times and not _agree(multiply(schedule, packed).float(), dense):
+                _log.warning("%s computes a product of %d rows wrongly and is not used", schedule, rows)
+                del times[schedule]
         # A device slows down as it warms up: the best of them take turns.
         ways = [None, *sorted(times, key=times.__getitem__)[:_FINALISTS]]
         turns = [{way: microseconds(way) for way in ways} for _ in range(_TURNS)]
@@ -198,6 +222,11 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
         "microseconds": round(times[best], 2),
         "dense_microseconds": round(times[None], 2),
     }
+
+
+def _agree(product: Tensor, dense: Tensor) -> bool:
+    """Whether two products are equal within the rounding of their halves."""
+    return bool(((product - dense).abs() <= _ROUNDING * (dense.abs() + dense.square().mean().sqrt())).all())
 
 
 def graph_times(run: Callable[[Tensor], Tensor], weights: list[Tensor]) -> list[float]:

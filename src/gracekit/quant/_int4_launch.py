@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,14 @@ from gracekit.quant._int4_layout import CHUNK, TILE
 from gracekit.quant._triton_int4 import narrow_kernel, values_kernel, wide_kernel
 from gracekit.quant._triton_launch import launch, launches_early, processors
 
+gluon: Any = None  # the module of ``persistent_kernel``, where this Triton has what it is written in
+with contextlib.suppress(ImportError, AttributeError):  # Gluon is marked as experimental
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from gracekit.quant import _gluon_int4 as gluon
+
+_ALIGNMENT = 16  # bytes; what the copy engine asks of the rows of a tensor
 _VALUES_ROWS = 32
 _BAND = 8
 
@@ -33,6 +42,7 @@ class Schedule(NamedTuple):
         warps: of a program.
         stages: steps in flight.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
+        persistent: whether it is ``persistent_kernel`` that is launched; ``stages`` are then the slots of its ring.
     """
 
     rows: int
@@ -42,6 +52,7 @@ class Schedule(NamedTuple):
     warps: int
     stages: int
     scaled: bool
+    persistent: bool = False
 
     def tiles(self, padded: int, count: int) -> int:
         """Return how many tiles of y (count, padded) there are; for ``narrow_kernel`` in a block of rows of x."""
@@ -76,6 +87,8 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: 
         schedule: how to launch.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
+    if schedule.persistent:
+        x = _aligned(x)
     y = x.new_empty(len(x), outputs)
     launch(*_product(x, packed, scale, y, counters, schedule))
     return y
@@ -98,16 +111,18 @@ def compile_ahead(
 
 def _product(
     x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
-) -> tuple[Any, tuple[int, ...], list[Tensor], list[int], dict[str, Any]]:
+) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     tiles, chunks = packed.shape[:2]
-    rows, tokens, parts, split, warps, stages, scaled = schedule
+    rows, tokens, parts, split, warps, stages, scaled, persistent = schedule
     padded, shares = tiles * TILE, parts or 1
     whole = schedule.whole(padded, len(x), processors(x.device))
     programs = whole + (schedule.tiles(padded, len(x)) - whole) * split
     slabs = schedule.places(padded, len(x), processors(x.device)) * split
     early = launches_early(x.device)
     tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), counters]
+    if persistent:
+        return _persistent(tensors, schedule, whole, programs)
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded, whole]
     options = {
         "STEPS": triton.cdiv(chunks, shares),
@@ -127,6 +142,48 @@ def _product(
         blocks = triton.cdiv(len(x), tokens)
         return narrow_kernel, (programs, blocks), tensors, sizes, options | {"PARTS": parts}
     return wide_kernel, (programs,), tensors, sizes, options | {"SCALED": scaled, "BAND": _BAND}
+
+
+def has_persistent(x: Tensor, outputs: int) -> bool:
+    """Whether ``persistent_kernel`` can compute the product of x with a weight of that many outputs."""
+    if gluon is None or not x.is_cuda or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    return outputs * x.element_size() % _ALIGNMENT == 0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy of it whose rows are where the copy engine can read them."""
+    size = x.element_size()
+    if x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * size % _ALIGNMENT == 0:
+        return x
+    rows, inputs = x.shape
+    return x.new_empty(rows, triton.cdiv(inputs * size, _ALIGNMENT) * _ALIGNMENT // size)[:, :inputs].copy_(x)
+
+
+def _persistent(
+    tensors: list[Tensor], schedule: Schedule, whole: int, items: int
+) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
+    """Return what is launched for ``persistent_kernel``; ``tensors`` as for the others."""
+    x, packed, scale, y, partial, counters = tensors
+    chunks = packed.shape[1]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    described = [
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [schedule.tokens, width], layout)
+        for tensor, width in ((x, gluon.HALF), (y, gluon.ROWS))
+    ]
+    options = {
+        "G": chunks * CHUNK // scale.shape[0],
+        "SPLIT": schedule.split,
+        "TOKENS": schedule.tokens,
+        "SLOTS": schedule.stages,
+        "BAND": _BAND,
+        "EARLY": True,
+        "num_warps": schedule.warps,
+        "launch_pdl": True,
+    }
+    sizes = [len(x), chunks, len(packed) * TILE, whole, items]
+    grid = (min(items, processors(x.device)),)
+    return gluon.persistent_kernel, grid, [packed, scale, partial, counters, *described], sizes, options
 
 
 def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -48,13 +48,13 @@ def _assembly(number: str, take_away: str) -> str:
 
 
 # bfloat16 has no packed subtraction before Hopper; times one, minus 136 is one fused operation everywhere.
-_BFLOAT16 = tl.constexpr(
+BFLOAT16 = tl.constexpr(
     _assembly(
         "0x43004300", "{{ .reg .b32 a, b; mov.b32 a, 0x3F803F80; mov.b32 b, 0xC308C308; fma.rn.bf16x2 {to}, t, a, b; }}"
     )
 )
-_FLOAT16 = tl.constexpr(_assembly("0x64006400", "{{ .reg .b32 b; mov.b32 b, 0x64086408; sub.rn.f16x2 {to}, t, b; }}"))
-_CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
+FLOAT16 = tl.constexpr(_assembly("0x64006400", "{{ .reg .b32 b; mov.b32 b, 0x64086408; sub.rn.f16x2 {to}, t, b; }}"))
+CONSTRAINTS = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
 
 
 @triton.jit
@@ -80,11 +80,11 @@ def _codes(at, inside, dtype: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.c
         words = _load_words(at + element, inside, MASKED)
         if dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
-                _BFLOAT16, _CONSTRAINTS, [words], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2
+                BFLOAT16, CONSTRAINTS, [words], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2
             )
         else:
             return tl.inline_asm_elementwise(
-                _FLOAT16, _CONSTRAINTS, [words], dtype=(tl.float16,) * 8, is_pure=True, pack=2
+                FLOAT16, CONSTRAINTS, [words], dtype=(tl.float16,) * 8, is_pure=True, pack=2
             )
     else:
         low = _load_words(at + (element & ~1), inside, MASKED)

@@ -21,20 +21,18 @@ _MOST = 1 << 12
 _launches: dict[Hashable, Callable[..., None]] = {}
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[Any], options: dict[str, Any]
-) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], tensors: list[Any], sizes: list[Any], options: dict[str, Any]) -> None:
     """Do what ``kernel[grid](*tensors, *sizes, **options)`` does, on the device of the first tensor.
 
-    ``tensors`` and ``sizes``, plain numbers, are the kernel's first parameters, in its order; ``options`` are those compiled in,
-    and Triton's own.
+    ``tensors`` (some may be Gluon's descriptors of tensors) and ``sizes``, plain numbers, are the kernel's first parameters, in its
+    order; ``options`` are those compiled in, and Triton's own.
     """
     device = tensors[0].get_device()
     if not isinstance(kernel, JITFunction):
         kernel[grid](*tensors, *sizes, **options)  # the interpreter
         return
     with torch.cuda.device(device):
-        kinds = [(tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0) for tensor in tensors]
+        kinds = [_kind(tensor) for tensor in tensors]
         key = (id(kernel), device, grid, *kinds, *sizes, *options.values())
         run = _launches.get(key)
         if run is None:
@@ -44,8 +42,15 @@ def launch(
         run(*tensors)
 
 
+def _kind(tensor: Any) -> Hashable:
+    """Return what Triton compiles for: a tensor's dtype and whether it is aligned, or a descriptor's dtype and block."""
+    if isinstance(tensor, Tensor):
+        return tensor.dtype, tensor.data_ptr() % _ALIGNMENT == 0
+    return tensor.base.dtype, *tensor.block_shape
+
+
 def _prepared(
-    kernel: Any, grid: tuple[int, ...], tensors: list[Tensor], sizes: list[Any], options: dict[str, Any]
+    kernel: Any, grid: tuple[int, ...], tensors: list[Any], sizes: list[Any], options: dict[str, Any]
 ) -> Callable[..., None]:
     compiled = kernel.warmup(*tensors, *sizes, grid=grid, **options)
     if hasattr(compiled, "result"):  # compiled ahead, by a thread

@@ -1,0 +1,138 @@
+"""The 4-bit product for many rows on Hopper: what can be seen without a GPU is how it compiles; a GPU shows the rest."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+from strategies import normal
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.knobs import nvidia
+
+from gracekit.quant import _gluon_int4, _int4_choices, _int4_launch
+from gracekit.quant._int4_launch import Schedule
+from gracekit.quant._int4_layout import pack_codes, pack_scales
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def compiled(tokens, split, group_size, dtype):
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    kinds = {
+        "x": f"tensordesc<{dtype}[{tokens}, 64],{layout!r}>",
+        "y": f"tensordesc<{dtype}[{tokens}, 128],{layout!r}>",
+    }
+    kinds |= {"packed": "*i32", "scale": "*fp32", "partial": "*fp32", "counters": "*i32"}
+    kinds |= dict.fromkeys(["M", "chunks", "padded", "whole", "items"], "i32")
+    slots = _gluon_int4.SLOTS[tokens]
+    constants = {"G": group_size, "SPLIT": split, "TOKENS": tokens, "SLOTS": slots, "BAND": 8, "EARLY": True}
+    kernel = _gluon_int4.persistent_kernel
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in ("packed", "scale", "partial", "padded")
+    }
+    source = GluonASTSource(kernel, signature, constants, aligned)
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": _gluon_int4.WARPS, "launch_pdl": True}
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "split", "group_size", "dtype"),
+    [(256, 1, 128, "bf16"), (256, 4, 128, "bf16"), (128, 3, 64, "bf16"), (128, 1, 32, "fp16")],
+)
+def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, tokens, split, group_size, dtype):
+    made = compiled(tokens, split, group_size, dtype)
+    assert made.metadata.shared <= 227 * 1024
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(made.asm["ptx"])
+    # Where the assembler cannot prove that an operand is left alone, it makes every product wait, and says so.
+    assembler = [nvidia.ptxas.path, "-arch=sm_90a", "-v", str(ptx), "-o", str(tmp_path / "kernel.cubin")]
+    said = subprocess.run(assembler, check=True, capture_output=True, text=True)
+    assert "registers" in said.stderr
+    assert "serialized" not in said.stderr
+    assert " 0 bytes spill stores" in said.stderr
+
+
+def drawn(outputs, inputs, group_size, dtype):
+    generator = torch.Generator().manual_seed(outputs + inputs)
+    codes = torch.randint(-8, 8, (outputs, inputs), generator=generator).to(torch.int8)
+    scale = (0.01 * torch.rand(outputs, inputs // group_size, generator=generator) + 1e-3).to(dtype)
+    packed = pack_codes(codes), pack_scales(scale.float(), group_size, inputs)
+    return tuple(tensor.cuda() for tensor in packed)
+
+
+def schedule(tokens, split):
+    return Schedule(128, tokens, 0, split, 8, _gluon_int4.SLOTS[tokens], scaled=True, persistent=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+class TestOnHopper:
+    """What the kernel computes."""
+
+    @pytest.mark.parametrize("rows", [1, 7, 96, 128, 130, 256, 300, 608, 1000])
+    @pytest.mark.parametrize(
+        ("outputs", "inputs", "group_size", "dtype"),
+        [
+            (128, 128, 128, torch.bfloat16),
+            (200, 256, 64, torch.bfloat16),
+            (136, 384, 32, torch.float16),
+            (1000, 1152, 64, torch.float16),  # nine chunks: shares of unequal size
+            (72, 224, 32, torch.bfloat16),  # inputs that no chunk divides
+            (11008, 512, 32, torch.bfloat16),  # several tiles to a multiprocessor
+        ],
+    )
+    def test_every_schedule_multiplies_within_the_bound_and_the_same_again(
+        self, outputs, inputs, group_size, dtype, rows
+    ):
+        packed, scale = drawn(outputs, inputs, group_size, dtype)
+        values = _int4_launch.values(packed, scale, (outputs, inputs), dtype).double()
+        counters = torch.zeros(1024, dtype=torch.int32, device="cuda")
+        x = normal(rows, rows, inputs, dtype=dtype).cuda()
+        exact, sizes = x.double() @ values.t(), x.double().abs() @ values.abs().t()
+        for tokens in (128, 256):
+            for split in (1, 2, 3, 4):
+                if split > packed.shape[1]:
+                    continue
+                way = schedule(tokens, split)
+                y = _int4_launch.linear(x, packed, scale, counters, outputs, way)
+                bound = torch.finfo(dtype).eps * (exact.abs() + sizes)
+                assert bool(((y.double() - exact).abs() <= bound).all()), way
+                assert torch.equal(y, _int4_launch.linear(x, packed, scale, counters, outputs, way)), way
+                assert not counters.any()
+
+    def test_a_row_has_the_same_product_in_whatever_block_it_is(self):
+        packed, scale = drawn(4096, 4096, 128, torch.bfloat16)
+        x = normal(1, 608, 4096, dtype=torch.bfloat16).cuda()
+        counters = torch.zeros(0, dtype=torch.int32, device="cuda")
+        y = _int4_launch.linear(x, packed, scale, counters, 4096, schedule(256, 1))
+        for rows in (slice(0, 256), slice(300, 512), slice(352, 608)):
+            assert torch.equal(_int4_launch.linear(x[rows], packed, scale, counters, 4096, schedule(256, 1)), y[rows])
+
+    @pytest.mark.parametrize("shift", [0, 1, 3])
+    def test_rows_that_the_copy_engine_cannot_read_are_copied(self, shift):
+        packed, scale = drawn(256, 384, 128, torch.bfloat16)
+        counters = torch.zeros(0, dtype=torch.int32, device="cuda")
+        wide = normal(2, 200, 390, dtype=torch.bfloat16).cuda()
+        x = wide[:, shift : shift + 384]
+        y = _int4_launch.linear(x, packed, scale, counters, 256, schedule(128, 1))
+        assert torch.equal(y, _int4_launch.linear(x.contiguous(), packed, scale, counters, 256, schedule(128, 1)))
+
+    def test_a_way_that_computes_wrongly_is_not_chosen(self, monkeypatch, tmp_path, caplog):
+        monkeypatch.setenv("GRACEKIT_CACHE", str(tmp_path))
+        _int4_choices._table.cache_clear()
+        packed, scale = drawn(256, 384, 128, torch.bfloat16)
+        linear = _int4_launch.linear
+        monkeypatch.setattr(_int4_launch, "linear", lambda *arguments: 1.1 * linear(*arguments))
+        x = normal(3, 128, 384, dtype=torch.bfloat16).cuda()
+        counters = torch.zeros(1024, dtype=torch.int32, device="cuda")
+        assert _int4_choices.choose(x, packed, scale, counters, 256) is None
+        assert "wrongly" in caplog.text
+        _int4_choices._table.cache_clear()
