@@ -148,18 +148,22 @@ def main() -> None:
     parser = _harness.parser(__doc__)
     parser.add_argument("--variants", nargs="*", help="names of variants (default: all)")
     parser.add_argument("--batches", type=int, nargs="*", help="numbers of prompts (default: all)")
-    parser.add_argument("--add", action="store_true", help="keep today's other rows, to run variants one by one")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep today's other rows, to run variants one by one, or at once on GPUs of one machine",
+    )
     parser.set_defaults(runs=3)
     given = parser.parse_args()
     about: dict[str, Any] = {"rows": []}
     held = _harness.result_path("generate", given.device, given.output)
-    if given.add and held.is_file():
-        about["rows"] = json.loads(held.read_text())["rows"]
     for variant in VARIANTS[given.device]:
         if given.variants and variant.name not in given.variants:
             continue
         with torch.inference_mode():
             made = bench(variant, given.device, given.runs, given.batches)
+        if given.add and held.is_file():  # read as late as this, for runs on several GPUs at once
+            about["rows"] = json.loads(held.read_text())["rows"]
         anew = {(row["variant"], row["batch"]) for row in made}
         about["rows"] = [row for row in about["rows"] if (row["variant"], row["batch"]) not in anew] + made
         torch._dynamo.reset()

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,7 +51,7 @@ narrow = st.builds(
 wide = st.builds(
     Schedule,
     rows=st.sampled_from([64, 128, 256]),
-    tokens=st.sampled_from([8, 16, 32] if CUDA else [16, 32]),
+    tokens=st.sampled_from([8, 16, 32, 64, 128] if CUDA else [16, 32]),
     parts=st.just(0),
     split=st.sampled_from([1, 2, 4, 8]),
     warps=st.just(4),
@@ -225,6 +229,34 @@ def test_rounding_to_nearest_goes_into_the_form_as_well():
         quantize_rtn(model, LSQConfig(group_size=32), target="triton")[0].weight.dequantize(),
         reference[0].weight.dequantize(),
     )
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gracekit.quant._triton_int4 import wide_kernel as kernel
+
+kinds = {"x": "*bf16", "packed": "*i32", "scale": "*fp32", "y": "*bf16", "partial": "*fp32", "counters": "*i32"}
+kinds |= dict.fromkeys(["M", "N", "K", "stride", "chunks", "padded", "whole"], "i32")
+constants = dict(STEPS=32, G=128, SPLIT=2, ROWS=64, STAGES=3, MASKED=False, ASSEMBLY=True, EARLY=True, BAND=8)
+for tokens, scaled in ((16, False), (64, True), (128, True)):
+    given = constants | {"TOKENS": tokens, "SCALED": scaled}
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    whole = [kernel.arg_names.index(name) for name in (*list(kinds)[:6], "stride")]
+    aligned = {(index,): [["tt.divisibility", 16]] for index in whole}
+    source = ASTSource(kernel, signature, given, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "launch_pdl": True})
+    print(made.asm["ptx"])
+"""
+
+
+def test_no_product_on_hopper_still_reads_operands_that_the_next_step_overwrites():
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    made = subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, capture_output=True, text=True)
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", made.stdout)
+    assert len(waits) >= 3
+    assert set(waits) == {"0"}
 
 
 @given(

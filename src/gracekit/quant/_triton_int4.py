@@ -119,6 +119,18 @@ def _weights(codes, scales, dtype: tl.constexpr):
 
 
 @triton.jit
+def _finished(total, ASSEMBLY: tl.constexpr):
+    """``total``, once its products are done: Hopper's are still reading their operands when the next step overwrites them.
+
+    Triton 3.6 lets products run into the next step of a loop without keeping a left operand in registers alive for so long.
+    """
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise("", "=f,0", [total], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return total
+
+
+@triton.jit
 def _add_step(
     total, step, inputs, words, scales, is_token, lane, left, chunks, padded,
     G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr,
@@ -238,8 +250,9 @@ def wide_kernel(
     token = block * TOKENS + tl.arange(0, TOKENS)
     k = tl.arange(0, G)[:, None]
     words = packed + ((row // _TILE).to(tl.int64) * (chunks * _TILE) + row % _TILE)[:, None] * _WORDS
-    # Rows beyond the last are computed from it and not written: a mask of loads costs instructions at every step.
-    inputs = x + tl.minimum(token, M - 1).to(tl.int64)[None, :] * stride + k
+    # Rows beyond the last are computed from the first ones and not written: a mask of loads costs instructions at every step, and
+    # one row for all of them would be asked for by all programs at one place of the cache.
+    inputs = x + (token % M).to(tl.int64)[None, :] * stride + k
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
@@ -254,7 +267,9 @@ def wide_kernel(
             v = tl.load(v_at, mask=k < left - group * G, other=0.0) if MASKED else tl.load(v_at)
             q = _side_by_side(codes, group * (G // _WORDS), G // _WORDS, ROWS)
             if SCALED:
-                total = tl.dot(_weights(q, s, x.dtype.element_ty).to(q.dtype), v.to(q.dtype), total)
+                total = _finished(
+                    tl.dot(_weights(q, s, x.dtype.element_ty).to(q.dtype), v.to(q.dtype), total), ASSEMBLY
+                )
             else:
                 total += tl.dot(q, v.to(q.dtype)) * s[:, None]
 
