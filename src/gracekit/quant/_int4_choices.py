@@ -43,7 +43,7 @@ _STAGES = 3
 _DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
 _ROUNDING = 2.0**-6  # two roundings of bfloat16, and sums in another order
 _FEW = 64  # rows of x, whose products wait for the memory
-_MORE = (2, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
+_MORE = (2, 4, 8)  # times as many programs their tiles may be dealt out among, where these are less than a round
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
 _NARROW = {
     8: ((16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 2), (32, 4, 4), (32, 8, 4), (64, 4, 4)),
