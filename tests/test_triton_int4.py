@@ -291,6 +291,17 @@ def test_the_last_tiles_are_dealt_out_so_that_no_multiprocessor_has_much_more_to
     assert bool(dealt) == bool(tiles % count)
 
 
+@given(seeds, st.floats(-4, 4), st.integers(0, 63))
+def test_products_agree_within_the_rounding_of_halves_and_no_further(seed, size, place):
+    dense = normal(seed, 8, 8, scale=10**size).bfloat16().float()
+    rounded = (dense * (1 + 2**-8)).bfloat16().float()
+    assert _int4_choices._agree(rounded, dense)
+    for wrong in (dense.abs().max(), torch.tensor(torch.nan), torch.tensor(torch.inf)):
+        other = dense.clone()
+        other.view(-1)[place] += wrong
+        assert not _int4_choices._agree(other, dense)
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     made = _int4_choices.Table(tmp_path / "sub" / "table.json")

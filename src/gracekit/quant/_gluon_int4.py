@@ -206,20 +206,8 @@ def persistent_kernel(
                 _load(x, next_token, next_half, filled, ring, full, next_item < items, TOKENS)
                 filled = gl.where(filled == SLOTS - 1, 0, filled + 1)
                 next_item, next_token, next_half, next_end = _next_half(
-                    next_item,
-                    next_token,
-                    next_half,
-                    next_end,
-                    whole,
-                    items,
-                    chunks,
-                    row_tiles,
-                    blocks,
-                    M,
-                    SPLIT,
-                    BAND,
-                    TOKENS,
-                )
+                    next_item, next_token, next_half, next_end, whole, items, chunks, row_tiles, blocks, M, SPLIT, BAND, TOKENS
+                )  # fmt: skip
             second = _half(c4, c5, c6, c7, t2, t3, LEFT)
             mbarrier.wait(full.index(slot), phase)
             total = warpgroup_mma(second, ring.index(slot).permute((1, 0)), total, is_async=True)

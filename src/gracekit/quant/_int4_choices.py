@@ -2,7 +2,7 @@
 
 For each shape, group size, dtype and size class of the rows, the first product times some ways to launch the kernels and the dense
 way, with the weight coming from memory: copies that together exceed the cache take turns inside a CUDA graph, as the layers of a
-model do. What is fastest is used from then on, in later processes too. The file is
+model do. What is fastest, of those whose product is the dense one's, is used from then on, in later processes too. The file is
 ``$GRACEKIT_CACHE/w4a16-GPU-VERSIONS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
 measure anew. Nothing is measured while a graph is captured: a product not known by then is computed the dense way.
 """

@@ -11,7 +11,8 @@ multiprocessor with the most of them: tiles beyond the last full round of multip
 
 ``wide_kernel`` is for more, and deals tiles out likewise. The more rows of x a tile has, the fewer programs unpack the same weight.
 For very many rows the weights that it multiplies are q * s rounded once, as training's forward has them, which leaves the tensor
-cores one sum to keep. ``values_kernel`` writes those, for a dense product.
+cores one sum to keep. ``values_kernel`` writes those, for a dense product. On Hopper there is a third kernel for them, in
+:mod:`gracekit.quant._gluon_int4`.
 
 Partial sums of a SPLIT lie in a workspace; the last program of a tile to arrive, which a counter tells, adds them in a fixed order:
 the result is the same at every run. It also sets the counter back to zero.
