@@ -109,6 +109,16 @@ def _load(x, token, half, slot, ring, full, on, TOKENS: gl.constexpr):
 
 
 @gluon.jit
+def _next_slot(slot, phase, SLOTS: gl.constexpr):
+    """The slot of the ring after one, and the phase in which it is full."""
+    slot += 1
+    if slot == SLOTS:
+        slot = 0
+        phase = phase ^ 1
+    return slot, phase
+
+
+@gluon.jit
 def _next_half(
     item, token, half, end, whole, items, chunks, row_tiles, blocks, M,
     SPLIT: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
@@ -197,10 +207,7 @@ def persistent_kernel(
             mbarrier.wait(full.index(slot), phase)
             total = warpgroup_mma(first, ring.index(slot).permute((1, 0)), total, is_async=True)
             total, second = warpgroup_mma_wait(1, deps=(total, second))
-            slot += 1
-            if slot == SLOTS:
-                slot = 0
-                phase = phase ^ 1
+            slot, phase = _next_slot(slot, phase, SLOTS)
             gl.thread_barrier()  # all warps are done with the chunk before
             for _half_chunk in gl.static_range(2):
                 _load(x, next_token, next_half, filled, ring, full, next_item < items, TOKENS)
@@ -212,10 +219,7 @@ def persistent_kernel(
             mbarrier.wait(full.index(slot), phase)
             total = warpgroup_mma(second, ring.index(slot).permute((1, 0)), total, is_async=True)
             total, first = warpgroup_mma_wait(1, deps=(total, first))
-            slot += 1
-            if slot == SLOTS:
-                slot = 0
-                phase = phase ^ 1
+            slot, phase = _next_slot(slot, phase, SLOTS)
         total, second = warpgroup_mma_wait(0, deps=(total, second))
 
         was_row, was_token, was_tile, was_share = row, token, tile, share
