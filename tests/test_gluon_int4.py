@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import normal
 
 triton = pytest.importorskip("triton")
@@ -22,16 +24,18 @@ from gracekit.quant._int4_layout import pack_codes, pack_scales
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-def compiled(tokens, split, group_size, dtype):
+def compiled(tokens, rest, dealt, group_size, dtype):
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     kinds = {
-        "x": f"tensordesc<{dtype}[{tokens}, 64],{layout!r}>",
-        "y": f"tensordesc<{dtype}[{tokens}, 128],{layout!r}>",
+        name: f"tensordesc<{dtype}[{rows}, {width}],{layout!r}>"
+        for rows, end in ((tokens, ""), (rest or tokens, "_rest"))
+        for name, width in (("x" + end, 64), ("y" + end, 128))
     }
     kinds |= {"packed": "*i32", "scale": "*fp32", "partial": "*fp32", "counters": "*i32"}
-    kinds |= dict.fromkeys(["M", "chunks", "padded", "whole", "items"], "i32")
-    slots = _gluon_int4.SLOTS[tokens]
-    constants = {"G": group_size, "SPLIT": split, "TOKENS": tokens, "SLOTS": slots, "BAND": 8, "EARLY": True}
+    kinds |= dict.fromkeys(["M", "chunks", "padded", "programs", "helpers", "each", "shares", "head"], "i32")
+    kinds |= dict.fromkeys(["rest_helpers", "rest_each", "rest_shares", "rest_head"], "i32")
+    constants = {"G": group_size, "DEALT": dealt, "BAND": 8, "EARLY": True, "TOKENS": tokens, "REST": rest}
+    constants |= {"SLOTS": _gluon_int4.SLOTS[tokens], "REST_SLOTS": _gluon_int4.SLOTS[rest or tokens]}
     kernel = _gluon_int4.persistent_kernel
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
@@ -44,11 +48,17 @@ def compiled(tokens, split, group_size, dtype):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "split", "group_size", "dtype"),
-    [(256, 1, 128, "bf16"), (256, 4, 128, "bf16"), (128, 3, 64, "bf16"), (128, 1, 32, "fp16")],
+    ("tokens", "rest", "dealt", "group_size", "dtype"),
+    [
+        (256, 0, False, 128, "bf16"),
+        (256, 0, True, 128, "bf16"),
+        (256, 128, True, 128, "bf16"),
+        (128, 0, True, 64, "bf16"),
+        (256, 128, True, 32, "fp16"),
+    ],
 )
-def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, tokens, split, group_size, dtype):
-    made = compiled(tokens, split, group_size, dtype)
+def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, tokens, rest, dealt, group_size, dtype):
+    made = compiled(tokens, rest, dealt, group_size, dtype)
     assert made.metadata.shared <= 227 * 1024
     ptx = tmp_path / "kernel.ptx"
     ptx.write_text(made.asm["ptx"])
@@ -58,6 +68,35 @@ def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, to
     assert "registers" in said.stderr
     assert "serialized" not in said.stderr
     assert " 0 bytes spill stores" in said.stderr
+
+
+@given(st.integers(1, 3000), st.integers(1, 160), st.integers(1, 120))
+def test_tiles_are_dealt_out_whole_and_sooner_than_in_one_more_round(tiles, programs, chunks):
+    deal, whole = (_int4_launch._deal(tiles, programs, chunks, way) for way in (True, False))
+    rounds, left = divmod(tiles, deal.programs)
+    assert deal.time <= whole.time
+    assert 1 <= deal.programs <= programs
+    if not deal.helpers:
+        assert deal == whole
+        return
+    # What the kernel makes of these numbers: each share has one helper, and each tile another program.
+    assert deal.slabs == left * deal.shares
+    assert (deal.helpers - 1) * deal.each < deal.slabs <= deal.helpers * deal.each
+    assert deal.helpers + left <= deal.programs
+    assert deal.each == 1 or deal.shares == 1
+    assert 1 <= deal.head <= chunks - deal.shares
+    assert rounds == tiles // programs
+
+
+@given(st.integers(1, 100), st.integers(1, 8), st.integers(1, 120), st.integers(2, 160))
+def test_a_smaller_last_block_is_begun_by_some_of_the_programs(row_tiles, blocks, chunks, programs):
+    wide, rest = _int4_launch._deals(row_tiles * blocks, row_tiles, chunks, programs, True)
+    assert wide.programs >= 1
+    assert rest.programs >= 1
+    assert wide.programs + rest.programs <= programs
+    alone, none = _int4_launch._deals(row_tiles * blocks, 0, chunks, programs, True)
+    assert alone.time <= wide.time
+    assert none.programs == none.slabs == 0
 
 
 def drawn(outputs, inputs, group_size, dtype):
@@ -77,7 +116,7 @@ def schedule(tokens, split):
 class TestOnHopper:
     """What the kernel computes."""
 
-    @pytest.mark.parametrize("rows", [1, 7, 96, 128, 130, 256, 300, 608, 1000])
+    @pytest.mark.parametrize("rows", [1, 7, 96, 128, 130, 256, 300, 608, 1000, 1100])
     @pytest.mark.parametrize(
         ("outputs", "inputs", "group_size", "dtype"),
         [
@@ -87,6 +126,8 @@ class TestOnHopper:
             (1000, 1152, 64, torch.float16),  # nine chunks: shares of unequal size
             (72, 224, 32, torch.bfloat16),  # inputs that no chunk divides
             (11008, 512, 32, torch.bfloat16),  # several tiles to a multiprocessor
+            (11008, 2048, 128, torch.bfloat16),  # helpers with shares of one tile, or of several
+            (4000, 4992, 64, torch.float16),
         ],
     )
     def test_every_schedule_multiplies_within_the_bound_and_the_same_again(
@@ -98,9 +139,7 @@ class TestOnHopper:
         x = normal(rows, rows, inputs, dtype=dtype).cuda()
         exact, sizes = x.double() @ values.t(), x.double().abs() @ values.abs().t()
         for tokens in (128, 256):
-            for split in (1, 2, 3, 4):
-                if split > packed.shape[1]:
-                    continue
+            for split in (1, 2):
                 way = schedule(tokens, split)
                 y = _int4_launch.linear(x, packed, scale, counters, outputs, way)
                 bound = torch.finfo(dtype).eps * (exact.abs() + sizes)

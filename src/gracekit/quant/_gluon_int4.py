@@ -5,6 +5,10 @@ cores' product, y^T = W x^T, and is unpacked in registers. What Triton's compile
 the tensor cores multiply one half of a chunk, the next is unpacked; x arrives by the copy engine in a ring of half chunks, across
 the end of a tile too; and y leaves by it while the next tile is computed. There is one program to a multiprocessor.
 
+The tiles of a last round that has fewer of them than programs are dealt out: a tile's own program begins it, and the others help
+with the chunks at its end, each with as many as it can leave in the workspace by the time that the first is done with its own.
+Where the last rows of x fill half a block, some of the programs take these rows in smaller tiles from the beginning.
+
 Where no tile is dealt out, the last block of rows of x begins so early that it is whole, and computes rows of the block before once
 more, to the same bits: rows that are not there are slow to fill with zeros.
 
@@ -32,6 +36,8 @@ ROWS = 128
 WARPS = 8
 HALF = CHUNK // 2
 SLOTS = {128: 8, 256: 5}  # of the ring, by the rows of x of a tile: what the shared memory holds, and enough
+LEAVING = 2  # chunks that could be multiplied while sums are left for another program, or added
+REST_COST = 0.64  # time of a tile of 128 rows of x in that of one of 256
 
 _ROWS = gl.constexpr(ROWS)
 _WARPS = gl.constexpr(WARPS)
@@ -73,30 +79,46 @@ def _half(c0, c1, c2, c3, s, t, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _part(item, whole, items, chunks, SPLIT: gl.constexpr):
-    """The tile of an item, which of its SPLIT shares that is, and its first chunk and the one after its last.
-
-    No share may be empty: SPLIT is at most the number of chunks.
-    """
-    item = gl.minimum(item, items - 1)  # what is asked of those beyond is not used, but must be in range
-    tile, share, begin, end = item, 0, 0, chunks
-    if SPLIT > 1:  # noqa: SIM102 (known while compiling)
-        if item >= whole:
-            share = (item - whole) % SPLIT
-            tile = whole + (item - whole) // SPLIT
-            begin = share * chunks // SPLIT
-            end = (share + 1) * chunks // SPLIT
-    return tile, share, begin, end
+def _parts(program, programs, tiles, deal, DEALT: gl.constexpr):
+    """How many tiles a program computes, or parts of tiles that are dealt out."""
+    if DEALT:
+        helpers, each, shares, _head = deal
+        dealt = tiles % programs
+        theirs = gl.minimum(dealt * shares - program * each, each)
+        mine = gl.where(program < helpers + dealt, 1, 0)
+        return tiles // programs + gl.where(program < helpers, theirs, mine)
+    else:
+        return (tiles - 1 - program) // programs + 1
 
 
 @gluon.jit
-def _place(tile, row_tiles, blocks, M, SPLIT: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr):
-    """The first output row of a tile and its first row of x."""
+def _part(part, parts, program, programs, tiles, chunks, deal, DEALT: gl.constexpr):
+    """The tile of one of a program's parts, its first chunk, and the one after its last."""
+    part = gl.minimum(part, parts - 1)  # what is asked of those beyond is not used, but must be in range
+    tile, first, after = part * programs + program, 0, chunks
+    if DEALT:
+        helpers, each, shares, head = deal
+        rounds = tiles // programs
+        if part >= rounds:
+            if program < helpers:
+                share = program * each + part - rounds
+                tile = rounds * programs + share // shares
+                first = head + share % shares * (chunks - head) // shares
+                after = head + (share % shares + 1) * (chunks - head) // shares
+            else:
+                tile = rounds * programs + program - helpers
+                after = head
+    return tile, first, after
+
+
+@gluon.jit
+def _place(tile, start, row_tiles, blocks, M, DEALT: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr):
+    """The first output row of a tile and its first row of x, where the first tile's is ``start``."""
     first = tile // (BAND * row_tiles) * BAND
     size = gl.minimum(blocks - first, BAND)
     inside = tile % (BAND * row_tiles)
-    token = (first + inside % size) * TOKENS
-    if SPLIT == 1:  # sums in shares are rounded otherwise than whole ones: two programs would write different bits
+    token = start + (first + inside % size) * TOKENS
+    if not DEALT:  # sums in shares are rounded otherwise than whole ones: two programs would write different bits
         token = gl.minimum(token, gl.maximum(M - TOKENS, 0))
     return inside // size * _ROWS, token
 
@@ -120,18 +142,18 @@ def _next_slot(slot, phase, SLOTS: gl.constexpr):
 
 @gluon.jit
 def _next_half(
-    item, token, half, end, whole, items, chunks, row_tiles, blocks, M,
-    SPLIT: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
+    part, token, half, end, parts, program, programs, deal, start, chunks, row_tiles, blocks, M,
+    DEALT: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
 ):  # fmt: skip
-    """The half chunk of x that is loaded after one: its item, first row, number, and the one after the item's last."""
+    """The half chunk of x that is loaded after one: its part, first row, number, and the one after the part's last."""
     half += 1
     if half == end:
-        item += gl.num_programs(0)
-        tile, _share, begin, after = _part(item, whole, items, chunks, SPLIT)
-        _row, token = _place(tile, row_tiles, blocks, M, SPLIT, BAND, TOKENS)
-        half = 2 * begin
+        part += 1
+        tile, first, after = _part(part, parts, program, programs, row_tiles * blocks, chunks, deal, DEALT)
+        _row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
+        half = 2 * first
         end = 2 * after
-    return item, token, half, end
+    return part, token, half, end
 
 
 @gluon.jit
@@ -154,21 +176,60 @@ def _words(packed, scale, row, chunk, chunks, padded, G: gl.constexpr):
     return words, s0, s1, s2, s3
 
 
-@gluon.jit(do_not_specialize=["M", "chunks", "whole", "items"])
+@gluon.jit(
+    do_not_specialize=[
+        *("M", "chunks", "programs", "helpers", "each", "shares", "head"),
+        *("rest_helpers", "rest_each", "rest_shares", "rest_head"),
+    ]
+)
 def persistent_kernel(
-    packed, scale, partial, counters, x, y, M, chunks, padded, whole, items,
-    G: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, BAND: gl.constexpr, EARLY: gl.constexpr,
+    packed, scale, partial, counters, x, y, x_rest, y_rest, M, chunks, padded,
+    programs, helpers, each, shares, head, rest_helpers, rest_each, rest_shares, rest_head,
+    G: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, REST: gl.constexpr, REST_SLOTS: gl.constexpr,
+    DEALT: gl.constexpr, BAND: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of TOKENS rows of x, tile after tile; tiles beyond ``whole`` are dealt out among SPLIT items.
+    """ROWS outputs of TOKENS rows of x, tile after tile, by the first ``programs``; the others take the last REST rows, if any.
 
-    ``x`` and ``y`` are tensor descriptors, with blocks (TOKENS, 64) and (TOKENS, ROWS).
-    SLOTS: of the ring, at least four.
+    ``x``, ``y``, ``x_rest`` and ``y_rest`` are tensor descriptors, with blocks (TOKENS or REST, 64 or ROWS).
+    ``partial`` has a place of (ROWS, TOKENS or REST) for each share, ``counters`` a zero, which is set back.
+    SLOTS, REST_SLOTS: of the ring, at least four.
     """
+    program = gl.program_id(0)
+    deal = (helpers, each, shares, head)
+    if REST == 0:
+        blocks = (M + TOKENS - 1) // TOKENS
+        _multiply(
+            packed, scale, partial, counters, x, y, program, programs, 0, blocks, M, chunks, padded, deal,
+            G, TOKENS, SLOTS, DEALT, BAND, EARLY,
+        )  # fmt: skip
+    else:
+        blocks = M // TOKENS
+        slabs = (padded + _ROWS - 1) // _ROWS * blocks % programs * shares
+        if program < programs:
+            _multiply(
+                packed, scale, partial, counters, x, y, program, programs, 0, blocks, M, chunks, padded, deal,
+                G, TOKENS, SLOTS, DEALT, BAND, EARLY,
+            )  # fmt: skip
+        else:
+            _multiply(
+                packed, scale, partial + slabs.to(gl.int64) * (_ROWS * TOKENS), counters + slabs, x_rest, y_rest,
+                program - programs, gl.num_programs(0) - programs, blocks * TOKENS, 1, M, chunks, padded,
+                (rest_helpers, rest_each, rest_shares, rest_head),
+                G, REST, REST_SLOTS, DEALT, BAND, EARLY,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _multiply(
+    packed, scale, partial, counters, x, y, program, programs, start, blocks, M, chunks, padded, deal,
+    G: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, DEALT: gl.constexpr, BAND: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """What one of ``programs`` computes of ``blocks`` blocks of rows of x from ``start`` on."""
     dtype: gl.constexpr = x.dtype
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, TOKENS, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     row_tiles = (padded + _ROWS - 1) // _ROWS
-    blocks = (M + TOKENS - 1) // TOKENS
+    tiles = row_tiles * blocks
     ring = gl.allocate_shared_memory(dtype, [SLOTS, TOKENS, _HALF], x.layout)
     leaving = gl.allocate_shared_memory(dtype, [TOKENS, _ROWS], y.layout)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -177,67 +238,68 @@ def persistent_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
-    item = gl.program_id(0)
-    tile, share, begin, end = _part(item, whole, items, chunks, SPLIT)
-    row, token = _place(tile, row_tiles, blocks, M, SPLIT, BAND, TOKENS)
-    words, s0, s1, s2, s3 = _words(packed, scale, row, begin, chunks, padded, G)
+    parts = _parts(program, programs, tiles, deal, DEALT)
+    tile, first, after = _part(0, parts, program, programs, tiles, chunks, deal, DEALT)
+    row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
+    words, s0, s1, s2, s3 = _words(packed, scale, row, first, chunks, padded, G)
     if EARLY:  # launched while the kernel before it ends: waits for x, and for whoever still has the workspace
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
-    # What is loaded runs ahead of what is multiplied: its item, its half chunk, and the one after its last.
-    next_item = item
+    # What is loaded runs ahead of what is multiplied: its part, its half chunk, and the one after its last.
+    next_part = 0
     next_token = token
-    next_half = 2 * begin
-    next_end = 2 * end
+    next_half = 2 * first
+    next_end = 2 * after
     for slot in gl.static_range(SLOTS - 2):
-        _load(x, next_token, next_half, slot, ring, full, next_item < items, TOKENS)
-        next_item, next_token, next_half, next_end = _next_half(
-            next_item, next_token, next_half, next_end, whole, items, chunks, row_tiles, blocks, M, SPLIT, BAND, TOKENS
-        )
+        _load(x, next_token, next_half, slot, ring, full, next_part < parts, TOKENS)
+        next_part, next_token, next_half, next_end = _next_half(
+            next_part, next_token, next_half, next_end, parts, program, programs, deal, start, chunks, row_tiles, blocks, M,
+            DEALT, BAND, TOKENS,
+        )  # fmt: skip
     filled = SLOTS - 2
     slot = 0
     phase = 0
-    while item < items:
+    for part in range(parts):
         total = gl.zeros([_ROWS, TOKENS], gl.float32, MMA)
-        second = gl.zeros([_ROWS, _HALF], dtype, LEFT)
-        for chunk in range(begin, end):
+        right = gl.zeros([_ROWS, _HALF], dtype, LEFT)
+        for chunk in range(first, after):
             c0, c1, c2, c3, c4, c5, c6, c7 = _codes(words, dtype)
-            first = _half(c0, c1, c2, c3, s0.to(dtype)[:, None], s1.to(dtype)[:, None], LEFT)
+            left = _half(c0, c1, c2, c3, s0.to(dtype)[:, None], s1.to(dtype)[:, None], LEFT)
             t2, t3 = s2.to(dtype)[:, None], s3.to(dtype)[:, None]
-            words, s0, s1, s2, s3 = _words(packed, scale, row, gl.minimum(chunk + 1, end - 1), chunks, padded, G)
+            words, s0, s1, s2, s3 = _words(packed, scale, row, gl.minimum(chunk + 1, after - 1), chunks, padded, G)
             mbarrier.wait(full.index(slot), phase)
-            total = warpgroup_mma(first, ring.index(slot).permute((1, 0)), total, is_async=True)
-            total, second = warpgroup_mma_wait(1, deps=(total, second))
+            total = warpgroup_mma(left, ring.index(slot).permute((1, 0)), total, is_async=True)
+            total, right = warpgroup_mma_wait(1, deps=(total, right))
             slot, phase = _next_slot(slot, phase, SLOTS)
             gl.thread_barrier()  # all warps are done with the chunk before
             for _half_chunk in gl.static_range(2):
-                _load(x, next_token, next_half, filled, ring, full, next_item < items, TOKENS)
+                _load(x, next_token, next_half, filled, ring, full, next_part < parts, TOKENS)
                 filled = gl.where(filled == SLOTS - 1, 0, filled + 1)
-                next_item, next_token, next_half, next_end = _next_half(
-                    next_item, next_token, next_half, next_end, whole, items, chunks, row_tiles, blocks, M, SPLIT, BAND, TOKENS
+                next_part, next_token, next_half, next_end = _next_half(
+                    next_part, next_token, next_half, next_end, parts, program, programs, deal, start, chunks, row_tiles, blocks, M,
+                    DEALT, BAND, TOKENS,
                 )  # fmt: skip
-            second = _half(c4, c5, c6, c7, t2, t3, LEFT)
+            right = _half(c4, c5, c6, c7, t2, t3, LEFT)
             mbarrier.wait(full.index(slot), phase)
-            total = warpgroup_mma(second, ring.index(slot).permute((1, 0)), total, is_async=True)
-            total, first = warpgroup_mma_wait(1, deps=(total, first))
+            total = warpgroup_mma(right, ring.index(slot).permute((1, 0)), total, is_async=True)
+            total, left = warpgroup_mma_wait(1, deps=(total, left))
             slot, phase = _next_slot(slot, phase, SLOTS)
-        total, second = warpgroup_mma_wait(0, deps=(total, second))
+        total, right = warpgroup_mma_wait(0, deps=(total, right))
 
-        was_row, was_token, was_tile, was_share = row, token, tile, share
-        item += gl.num_programs(0)
-        tile, share, begin, end = _part(item, whole, items, chunks, SPLIT)
-        row, token = _place(tile, row_tiles, blocks, M, SPLIT, BAND, TOKENS)
-        words, s0, s1, s2, s3 = _words(packed, scale, row, begin, chunks, padded, G)
-        last = True
-        if SPLIT > 1:  # noqa: SIM102
-            if was_tile >= whole:
-                last = _leave_share(total, was_share, was_tile - whole, partial, counters, SPLIT, TOKENS, MMA)
-        if last:
+        was_row, was_token, was_tile, was_first, was_after = row, token, tile, first, after
+        tile, first, after = _part(part + 1, parts, program, programs, tiles, chunks, deal, DEALT)
+        row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
+        words, s0, s1, s2, s3 = _words(packed, scale, row, first, chunks, padded, G)
+        if DEALT and was_first > 0:
+            share = program * deal[1] + part - tiles // programs
+            _leave_share(total, share, partial, counters, TOKENS, MMA)
+        else:
+            if DEALT and was_after < chunks:
+                total = _add_shares(
+                    total, was_tile - tiles // programs * programs, deal[2], partial, counters, TOKENS, MMA
+                )
             tma.store_wait(0)
             gl.thread_barrier()
-            if SPLIT == 1 or was_tile < whole:
-                leaving.permute((1, 0)).store(total.to(dtype))
-            else:
-                _add_shares(was_tile - whole, partial, counters, leaving, SPLIT, TOKENS)
+            leaving.permute((1, 0)).store(total.to(dtype))
             fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(y, [was_token, was_row], leaving)
@@ -245,30 +307,30 @@ def persistent_kernel(
 
 
 @gluon.jit
-def _leave_share(
-    total, share, place, partial, counters, SPLIT: gl.constexpr, TOKENS: gl.constexpr, MMA: gl.constexpr
-):  # fmt: skip
-    """Leave the sums of one of SPLIT shares in the workspace; whether it is the last to arrive at its place."""
-    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, MMA))
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))
-    slab = partial + (place * SPLIT + share).to(gl.int64) * (_ROWS * TOKENS)
-    gl.store(slab + (token[None, :] * _ROWS + row[:, None]), total)
-    gl.thread_barrier()  # all threads have stored before the one that counts publishes it
-    return gl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+def _cells(share, TOKENS: gl.constexpr, MMA: gl.constexpr):
+    """Where the sums of a share lie in the workspace: what a warp stores at once lies together."""
+    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, MMA))[:, None]
+    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))[None, :]
+    block = row // 16 * (TOKENS // 8) + token // 8
+    return share.to(gl.int64) * (_ROWS * TOKENS) + (block * 128 + row % 16 * 8 + token % 8)
 
 
 @gluon.jit
-def _add_shares(place, partial, counters, leaving, SPLIT: gl.constexpr, TOKENS: gl.constexpr):
-    """Add the shares of a place in their order, and set its counter back."""
-    PIECE: gl.constexpr = 64  # rows of x at once, for whose shares there are registers
-    ALONG: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [_WARPS, 1], [1, 0])
-    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, ALONG))
-    token = gl.arange(0, PIECE, layout=gl.SliceLayout(1, ALONG))
-    slab = partial + (place * SPLIT).to(gl.int64) * (_ROWS * TOKENS)
-    for piece in gl.static_range(TOKENS // PIECE):
-        cell = (piece * PIECE + token[:, None]) * _ROWS + row[None, :]
-        total = gl.zeros([PIECE, _ROWS], gl.float32, ALONG)
-        for other in gl.static_range(SPLIT):
-            total += gl.load(slab + other * (_ROWS * TOKENS) + cell, cache_modifier=".cg")
-        leaving.slice(piece * PIECE, PIECE, dim=0).store(total.to(leaving.dtype))
-    gl.store(counters + place, 0)
+def _leave_share(total, share, partial, counters, TOKENS: gl.constexpr, MMA: gl.constexpr):
+    """Leave the sums of a share in the workspace and say so."""
+    gl.store(partial + _cells(share, TOKENS, MMA), total)
+    gl.thread_barrier()  # all threads have stored before the one that publishes it
+    gl.atomic_xchg(counters + share, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _add_shares(total, dealt, shares, partial, counters, TOKENS: gl.constexpr, MMA: gl.constexpr):
+    """Add what helpers leave of the tile of that number among those dealt out, in the order of the chunks.
+
+    Helpers are programs before this one, so that they have begun: waiting for them always ends.
+    """
+    for share in range(dealt * shares, (dealt + 1) * shares):
+        while gl.atomic_cas(counters + share, 1, 0, sem="acquire", scope="gpu") == 0:
+            pass
+        total += gl.load(partial + _cells(share, TOKENS, MMA), cache_modifier=".cg")
+    return total

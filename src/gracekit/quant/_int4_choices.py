@@ -153,8 +153,7 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int, *, persiste
         found += [
             Schedule(gluon.ROWS, width, 0, split, gluon.WARPS, slots, scaled=True, persistent=True)
             for width, slots in gluon.SLOTS.items()
-            for split in _splits(-(-outputs // gluon.ROWS) * -(-rows // width), processors)
-            if split == 1 or chunks >= 2 * split
+            for split in (1, 2)
         ]
     return found
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ with contextlib.suppress(ImportError, AttributeError):  # Gluon is marked as exp
 _ALIGNMENT = 16  # bytes; what the copy engine asks of the rows of a tensor
 _VALUES_ROWS = 32
 _BAND = 8
+_MOST_SHARES = 3
 
 
 class Schedule(NamedTuple):
@@ -38,7 +40,8 @@ class Schedule(NamedTuple):
         rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` 64 at most.
         tokens: rows of x of a program, a power of two from 8 on.
         parts: chunks of inputs that a program of ``narrow_kernel`` takes at once; 0 for ``wide_kernel``.
-        split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``.
+        split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
+            1 or 2: whether they are dealt out, evenly among all programs.
         warps: of a program.
         stages: steps in flight.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
@@ -72,6 +75,8 @@ class Schedule(NamedTuple):
         """Return how many counters suffice for every product of ``count`` rows or fewer."""
         if self.split == 1:
             return 0
+        if self.persistent:
+            return processors
         return self.places(padded, count, processors) if self.parts else min(self.tiles(padded, count), processors - 1)
 
 
@@ -113,16 +118,16 @@ def _product(
     x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
+    if schedule.persistent:
+        return _persistent(x, packed, scale, y, counters, schedule)
     tiles, chunks = packed.shape[:2]
-    rows, tokens, parts, split, warps, stages, scaled, persistent = schedule
+    rows, tokens, parts, split, warps, stages, scaled, _persistent_one = schedule
     padded, shares = tiles * TILE, parts or 1
     whole = schedule.whole(padded, len(x), processors(x.device))
     programs = whole + (schedule.tiles(padded, len(x)) - whole) * split
     slabs = schedule.places(padded, len(x), processors(x.device)) * split
     early = launches_early(x.device)
     tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), counters]
-    if persistent:
-        return _persistent(tensors, schedule, whole, programs)
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded, whole]
     options = {
         "STEPS": triton.cdiv(chunks, shares),
@@ -161,29 +166,87 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _persistent(
-    tensors: list[Tensor], schedule: Schedule, whole: int, items: int
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
-    """Return what is launched for ``persistent_kernel``; ``tensors`` as for the others."""
-    x, packed, scale, y, partial, counters = tensors
-    chunks = packed.shape[1]
+    """Return what is launched for ``persistent_kernel``."""
+    chunks, padded, count = packed.shape[1], len(packed) * TILE, len(x)
+    tokens, dealt = schedule.tokens, schedule.split > 1
+    # Where few rows remain behind full blocks of them, some of the programs take these in a smaller block.
+    small = min(gluon.SLOTS)
+    rest = small if dealt and 0 < count % tokens <= small < tokens < count else 0
+    row_tiles, blocks = -(-padded // gluon.ROWS), count // tokens if rest else -(-count // tokens)
+    deals = _deals(row_tiles * blocks, row_tiles if rest else 0, chunks, processors(x.device), dealt)
+    sums = sum(deal.slabs * width for deal, width in zip(deals, (tokens, rest), strict=True))
+    partial = x.new_empty(sums * gluon.ROWS, dtype=torch.float32)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     described = [
-        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [schedule.tokens, width], layout)
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block, width], layout)
+        for block in (tokens, rest or tokens)
         for tensor, width in ((x, gluon.HALF), (y, gluon.ROWS))
     ]
     options = {
         "G": chunks * CHUNK // scale.shape[0],
-        "SPLIT": schedule.split,
-        "TOKENS": schedule.tokens,
+        "TOKENS": tokens,
         "SLOTS": schedule.stages,
+        "REST": rest,
+        "REST_SLOTS": gluon.SLOTS[rest or tokens],
+        "DEALT": dealt,
         "BAND": _BAND,
         "EARLY": True,
         "num_warps": schedule.warps,
         "launch_pdl": True,
     }
-    sizes = [len(x), chunks, len(packed) * TILE, whole, items]
-    grid = (min(items, processors(x.device)),)
+    sizes = [count, chunks, padded, deals[0].programs, *deals[0][1:5], *deals[1][1:5]]
+    grid = (deals[0].programs + deals[1].programs,)
     return gluon.persistent_kernel, grid, [packed, scale, partial, counters, *described], sizes, options
+
+
+class _Deal(NamedTuple):
+    """How tiles go to programs: in rounds of one each; those of a last, incomplete round are dealt out.
+
+    Attributes:
+        programs: in all.
+        helpers: programs that compute shares of the tiles that are dealt out.
+        each: shares that a helper computes; more than one only of different tiles.
+        shares: of such a tile that helpers compute; more than one only where each helper has one.
+        head: chunks of such a tile that its own program computes before it adds the shares.
+        slabs: sums that helpers leave in the workspace.
+        time: until the last is done, in chunks.
+    """
+
+    programs: int
+    helpers: int = 0
+    each: int = 1
+    shares: int = 0
+    head: int = 0
+    slabs: int = 0
+    time: int = 0
+
+
+def _deal(tiles: int, programs: int, chunks: int, dealt_out: bool) -> _Deal:
+    """Deal tiles out so that all programs are done at about the same time."""
+    rounds, left = divmod(tiles, programs)
+    whole = _Deal(min(programs, tiles), head=chunks, time=-(-tiles // programs) * chunks)
+    spare = programs - left
+    if not dealt_out or not left:
+        return whole
+    shares, each = min(max(spare // left, 1), _MOST_SHARES), -(-left // spare)
+    # A tile's program has its chunks done when the last of its shares is left for it.
+    head = round(each * (chunks + gluon.LEAVING * shares) / (each + shares))
+    time = rounds * chunks + head + gluon.LEAVING * shares
+    if chunks - head < shares or time >= whole.time:
+        return whole
+    helpers = -(-left * shares // each)
+    return _Deal(programs if rounds else helpers + left, helpers, each, shares, head, left * shares, time)
+
+
+@functools.cache
+def _deals(tiles: int, rest: int, chunks: int, programs: int, dealt_out: bool) -> tuple[_Deal, _Deal]:
+    """Deal tiles out, and the smaller ones of the ``rest``, each to a part of the programs."""
+    if not rest:
+        return _deal(tiles, programs, chunks, dealt_out), _Deal(0)
+    both = ((_deal(tiles, own, chunks, True), _deal(rest, programs - own, chunks, True)) for own in range(1, programs))
+    return min(both, key=lambda deals: max(deals[0].time, gluon.REST_COST * deals[1].time))
 
 
 def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
