@@ -5,6 +5,7 @@ are of CUDA graphs in which copies of the weight that together exceed the cache 
 products and torchao's INT4 kernel, copies taking turns as well.
 
 python benchmarks/bench_int4_linear.py                 # on CUDA
+python benchmarks/bench_int4_linear.py --weights 4096x11008 --add
 python benchmarks/bench_int4_linear.py --device cpu
 """
 
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import statistics
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import _harness
 import torch
@@ -25,7 +28,10 @@ from gracekit.quant import LSQConfig, convert, quantize_rtn
 GROUP = 128
 SHAPES = ((11008, 4096), (4096, 11008), (22016, 4096), (12288, 4096), (4096, 4096))
 ROWS = {
-    "cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 384, 512, 608, 768, 1024, 1536, 2048, 4096, 8192),
+    "cuda": (
+        *(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 608, 640, 768, 896, 1024),
+        *(1280, 1536, 2048, 4096, 8192),
+    ),
     "cpu": (1, 2, 4, 8, 16, 32, 64, 256),
 }
 CPU_SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
@@ -108,12 +114,21 @@ def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> l
 
 
 def main() -> None:
-    given = _harness.parser(__doc__).parse_args()
+    parser = _harness.parser(__doc__)
+    parser.add_argument("--weights", nargs="*", help="such as 4096x11008 (default: all)")
+    parser.add_argument("--add", action="store_true", help="keep today's rows of other weights")
+    given = parser.parse_args()
     bandwidth = _harness.copy_bandwidth(given.device, 1024 if given.device == "cuda" else 256)
-    about = {"group_size": GROUP, "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1), "rows": []}
+    about: dict[str, Any] = {"group_size": GROUP, "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1), "rows": []}
+    held = _harness.result_path("int4_linear", given.device, given.output)
     with torch.inference_mode():
         for shape in SHAPES if given.device == "cuda" else CPU_SHAPES:
-            about["rows"] += bench(shape, given.device, given.runs, bandwidth)
+            if given.weights and f"{shape[0]}x{shape[1]}" not in given.weights:
+                continue
+            made = bench(shape, given.device, given.runs, bandwidth)
+            if given.add and held.is_file():  # read as late as this, for runs on several GPUs at once
+                about["rows"] = json.loads(held.read_text())["rows"]
+            about["rows"] = [row for row in about["rows"] if (row["out"], row["in"]) != shape] + made
             _harness.write(
                 "int4_linear", given.device, about, given.output
             )  # what is measured stays if a run is cut short
