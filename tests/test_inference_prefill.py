@@ -1,4 +1,4 @@
-"""A prefill's decoder over buffers that stay, as a graph replays it: run here without the graph, token for token the same."""
+"""A prefill's decoder and vision tower over buffers that stay, as graphs replay them: here without the graphs, token for token."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from test_inference_generate import BATCHES, NAMES, NEW, built, theirs
 from tiny_families import FAMILIES
 
 from gracekit.inference import Generator
-from gracekit.inference.prefill import DecoderGraphs, signature
+from gracekit.inference.prefill import DecoderGraphs, TowerGraphs, tower_of
 
 
 class Captures:
@@ -34,10 +34,10 @@ def with_captures(model, rows, places=64):
 
     def held(positions):
         decoding = made(positions)
-        if decoding._prefills is None:
+        if not decoding._prefills:
             # On CUDA a step before has allocated the cache.
             decoding._forward(decoding.token, decoding.positions, decoding.mask_B11C)
-            decoding._prefills = DecoderGraphs(model.get_decoder(), decoding.cache, capture)
+            decoding.graph_prefills(capture)
         return decoding
 
     generator._for = held
@@ -59,8 +59,10 @@ def test_prompts_of_a_shape_that_comes_again_have_the_tokens_of_transformers(nam
         assert torch.equal(made.sequences, theirs(model, batch, max_new_tokens=few))
     # DeepStack selects places by their values, so Qwen3-VL runs as it is where there are images.
     eager = name == "qwen3_vl" and "pixel_values" in batch
-    assert (capture.count, capture.replays) == ((0, 0) if eager else (1, 3))
-    assert "forward" not in vars(model.get_decoder())
+    tower = tower_of(model)
+    parts = (not eager) + (tower is not None and "pixel_values" in batch)
+    assert (capture.count, capture.replays) == (parts, 3 * parts)
+    assert all("forward" not in vars(part) for part in (model.get_decoder(), tower) if part is not None)
 
 
 def test_padding_may_change_under_the_same_shape():
@@ -102,10 +104,23 @@ def test_a_forward_that_was_replaced_already_comes_back():
 
 
 def test_long_prompts_and_unknown_tensors_are_run_as_they_are():
+    graphs = DecoderGraphs(built("llava").get_decoder(), None, None)
     short = {"inputs_embeds": torch.zeros(1, 8, 4), "use_cache": True}
-    assert signature(short) is not None
-    assert signature(short) != signature({"inputs_embeds": torch.zeros(1, 9, 4), "use_cache": True})
-    assert signature({"inputs_embeds": torch.zeros(2, 4096, 1)}) is None
-    assert signature(short | {"visual_pos_masks": torch.zeros(1, 8, dtype=torch.bool)}) is None
-    assert signature(short | {"deepstack_visual_embeds": []}) is None
-    assert signature({"use_cache": True}) is None
+    assert graphs._key(short) is not None
+    assert graphs._key(short) != graphs._key({"inputs_embeds": torch.zeros(1, 9, 4), "use_cache": True})
+    assert graphs._key({"inputs_embeds": torch.zeros(2, 4096, 1)}) is None
+    assert graphs._key(short | {"visual_pos_masks": torch.zeros(1, 8, dtype=torch.bool)}) is None
+    assert graphs._key(short | {"deepstack_visual_embeds": []}) is None
+    assert graphs._key({"use_cache": True}) is None
+
+
+def test_many_images_and_unknown_tensors_of_a_tower_are_run_as_they_are():
+    tower = tower_of(built("llava"))
+    graphs, side = TowerGraphs(tower, None), 64 * tower.config.patch_size
+    one = torch.zeros(1, 3, side, side, device="meta")
+    assert graphs._key({"pixel_values": one}) is not None
+    assert graphs._key({"pixel_values": one}) != graphs._key({"pixel_values": one, "return_dict": True})
+    assert graphs._key({"pixel_values": one.expand(2, -1, -1, -1)}) is None
+    assert graphs._key({"pixel_values": one, "image_sizes": torch.zeros(1, 2)}) is None
+    assert graphs._key({"return_dict": True}) is None
+    assert graphs._named((one, None), {}) is None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from gracekit._structure import find_decoder
 from gracekit.inference.attention import decode_attention
 from gracekit.inference.graphs import captured
 from gracekit.inference.inputs import Choice, Prompt
-from gracekit.inference.prefill import DecoderGraphs
+from gracekit.inference.prefill import Capture, DecoderGraphs, TowerGraphs, tower_of
 
 _WARM_UP = 3
 
@@ -87,14 +87,19 @@ class Decoding:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._decoder: Any = find_decoder(model)
-        self._prefills: DecoderGraphs | None = None
+        self._prefills: list[DecoderGraphs | TowerGraphs] = []
         if graphed:
-            # The cache has room for one prefill at a time. No two are replayed at once.
-            capture = functools.partial(captured, warm_up=1, pool=torch.cuda.graph_pool_handle())
-            self._prefills = DecoderGraphs(self._decoder, self.cache, capture)
-        # Static addresses and shapes: one graph, never compiled anew.
-        self._call = torch.compile(self._forward, fullgraph=True, dynamic=False) if compiled else self._forward
+            # The cache has room for one prefill at a time. No two graphs are replayed at once.
+            self.graph_prefills(functools.partial(captured, warm_up=1, pool=torch.cuda.graph_pool_handle()))
+        self._call = _compiled(self._forward) if compiled else self._forward
         self._captured: tuple[object, Callable[[], Any]] | None = None
+
+    def graph_prefills(self, capture: Capture) -> None:
+        """Let ``capture`` make replays of the parts of prefills whose shape comes again."""
+        self._prefills = [DecoderGraphs(self._decoder, self.cache, capture)]
+        tower = tower_of(self.model)
+        if tower is not None:
+            self._prefills.append(TowerGraphs(tower, capture))
 
     @property
     def cache_bytes(self) -> int:
@@ -117,7 +122,9 @@ class Decoding:
             **keep,
             **prompt.rest,
         )
-        with nullcontext() if self._prefills is None else self._prefills.installed():
+        with ExitStack() as stack:
+            for graphs in self._prefills:
+                stack.enter_context(graphs.installed())
             logits: Tensor = self.model(**inputs, return_dict=True).logits[:, -1].float()
         self.sequences_BC.fill_(pad)
         self.sequences_BC[:, :length] = prompt.ids
@@ -181,3 +188,13 @@ class Decoding:
         )
         logits: Tensor = out.logits[:, -1].float()
         return logits
+
+
+def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a step: addresses and shapes are static, so it is one graph, and never compiled anew."""
+    from torch._inductor import list_options
+
+    # On Hopper kernels can be launched while those before them end, as our own are. Torch knows how from 2.10 on, and has it off.
+    early: dict[str, Any] = {"triton.enable_pdl": True}
+    options = early if early.keys() <= set(list_options()) else None
+    return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
