@@ -4,7 +4,7 @@ What comes out is, token for token, what transformers' ``model.generate`` gives 
 to rounding: one token attends by the kernel of :mod:`gracekit.inference.attention`); what differs is the time between tokens. There
 the host launches some thousand kernels for each token; here, on CUDA, one graph is replayed, with transformers' static cache inside
 it, and whether all rows have ended is asked every few steps only. A prefill runs as it is; of one whose shape comes again, the
-decoder's part is replayed from a graph as well (:mod:`gracekit.inference.prefill`).
+vision tower's and the decoder's parts are replayed from graphs as well (:mod:`gracekit.inference.prefill`).
 
 This is no serving engine: a batch begins together and ends together. To serve, export the model to one.
 """
@@ -67,8 +67,9 @@ class Generator:
         max_batch: largest B.
         max_length: largest L + max_new_tokens, at most the model's positions.
         compile: compile the model's decode step with torch.compile; on CUDA alone.
-        cuda_graph: capture the decode step where the model is on a CUDA device, and the decoder's part of prefills whose shape
-            comes again (of up to 4,096 tokens; not for models that select places by their values there, as Qwen3-VL does).
+        cuda_graph: capture the decode step where the model is on a CUDA device, and of prefills whose shape comes again (up to
+            4,096 tokens) the decoder's part, which models must not select places by their values in, as Qwen3-VL does, and that
+            of a CLIP or SigLIP tower (up to 4,096 patches).
 
     Raises:
         ValueError: the model has no decoder, fewer positions than ``max_length``, an attention implementation other than sdpa and
