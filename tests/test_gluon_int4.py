@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import normal
 
@@ -86,6 +88,43 @@ def test_tiles_are_dealt_out_whole_and_sooner_than_in_one_more_round(tiles, prog
     assert deal.each == 1 or deal.shares == 1
     assert 1 <= deal.head <= chunks - deal.shares
     assert rounds == tiles // programs
+
+
+@given(st.integers(1, 500), st.integers(1, 160), st.integers(1, 100), st.booleans())
+@example(96, 132, 86, True)  # each helper has three tiles
+@example(32, 132, 86, True)  # each tile has three helpers
+@example(172, 132, 32, True)  # a round of whole tiles first
+def test_every_chunk_of_every_tile_has_one_program(tiles, processors, chunks, dealt_out):
+    # The kernel's own functions of whole numbers, run by Python.
+    numbers = SimpleNamespace(minimum=min, maximum=max, where=lambda yes, first, second: first if yes else second)
+    deal = _int4_launch._deal(tiles, processors, chunks, dealt_out)
+    four = deal[1:5]
+    done, left = Counter(), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_gluon_int4, "gl", numbers)
+        for program in range(deal.programs):
+            parts = _gluon_int4._parts.fn(program, deal.programs, tiles, four, dealt_out)
+            assert parts >= 1
+            for part in range(parts):
+                tile, first, after = _gluon_int4._part.fn(
+                    part, parts, program, deal.programs, tiles, chunks, four, dealt_out
+                )
+                assert 0 <= tile < tiles
+                assert 0 <= first < after <= chunks
+                done.update((tile, chunk) for chunk in range(first, after))
+                if first > 0:
+                    share = program * deal.each + part - tiles // deal.programs
+                    left[share] = tile, first, program
+                elif after < chunks:
+                    # It adds the shares of its number among the tiles dealt out, of programs that have begun before it.
+                    number = tile - tiles // deal.programs * deal.programs
+                    shares = [left[number * deal.shares + share] for share in range(deal.shares)]
+                    assert [found[0] for found in shares] == [tile] * deal.shares
+                    assert [found[1] for found in shares] == sorted(found[1] for found in shares)
+                    assert all(found[2] < program for found in shares)
+    assert len(done) == tiles * chunks
+    assert set(done.values()) == {1}
+    assert sorted(left) == list(range(deal.slabs))
 
 
 @given(st.integers(1, 100), st.integers(1, 8), st.integers(1, 120), st.integers(2, 160))
