@@ -12,7 +12,7 @@ from tiny_families import FAMILIES
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from gracekit.inference import Generator, generate
+from gracekit.inference import Generator, decoding, generate
 from gracekit.quant import LSQConfig, quantize_rtn
 
 NEW = 12
@@ -187,6 +187,15 @@ def test_tokens_on_cuda_are_those_of_transformers(options, places):
 def test_a_compiled_step_on_a_cpu_is_refused():
     with pytest.raises(ValueError, match="compile must be False for a model on a CPU"):
         Generator(built("llava"), 1, 60, compile=True)
+
+
+@pytest.mark.parametrize(("name", "early"), [("llava", True), ("qwen2_vl", True), ("qwen3_vl_moe", False)])
+def test_a_step_with_experts_is_compiled_without_early_launches(monkeypatch, name, early):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: asked.append(options["options"]))
+    decoding._compiled(None, built(name).config.get_text_config())
+    known = "triton.enable_pdl" in torch._inductor.list_options()
+    assert asked == [{"triton.enable_pdl": True} if early and known else None]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ from gracekit.inference.inputs import Choice, Prompt
 from gracekit.inference.prefill import Capture, DecoderGraphs, TowerGraphs, tower_of
 
 _WARM_UP = 3
+_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)  # names of their number in transformers' configurations
 
 
 class _SharedLayer(StaticLayer):  # type: ignore[misc]
@@ -91,7 +96,7 @@ class Decoding:
         if graphed:
             # The cache has room for one prefill at a time. No two graphs are replayed at once.
             self.graph_prefills(functools.partial(captured, warm_up=1, pool=torch.cuda.graph_pool_handle()))
-        self._call = _compiled(self._forward) if compiled else self._forward
+        self._call = _compiled(self._forward, model.config.get_text_config()) if compiled else self._forward
         self._captured: tuple[object, Callable[[], Any]] | None = None
 
     def graph_prefills(self, capture: Capture) -> None:
@@ -190,11 +195,12 @@ class Decoding:
         return logits
 
 
-def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a step: addresses and shapes are static, so it is one graph, and never compiled anew."""
+def _compiled(forward: Callable[..., Tensor], config: Any) -> Callable[..., Tensor]:
+    """Compile a step of a decoder: addresses and shapes are static, so it is one graph, and never compiled anew."""
     from torch._inductor import list_options
 
     # On Hopper kernels can be launched while those before them end, as our own are. Torch knows how from 2.10 on, and has it off.
+    # Its kernels wait for what the one in front writes, but not for each of several results, as a router of experts has them.
     early: dict[str, Any] = {"triton.enable_pdl": True}
-    options = early if early.keys() <= set(list_options()) else None
-    return torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+    safe = early.keys() <= set(list_options()) and not any(getattr(config, name, None) for name in _EXPERTS)
+    return torch.compile(forward, fullgraph=True, dynamic=False, options=early if safe else None)

@@ -191,6 +191,7 @@ def persistent_kernel(
     """ROWS outputs of TOKENS rows of x, tile after tile, by the first ``programs``; the others take the last REST rows, if any.
 
     ``x``, ``y``, ``x_rest`` and ``y_rest`` are tensor descriptors, with blocks (TOKENS or REST, 64 or ROWS).
+    ``helpers`` to ``head``, and those of the rest, say how tiles are dealt out: ``_Deal`` of gracekit.quant._int4_launch.
     ``partial`` has a place of (ROWS, TOKENS or REST) for each share, ``counters`` a zero, which is set back.
     SLOTS, REST_SLOTS: of the ring, at least four.
     """

@@ -121,7 +121,7 @@ def _product(
     if schedule.persistent:
         return _persistent(x, packed, scale, y, counters, schedule)
     tiles, chunks = packed.shape[:2]
-    rows, tokens, parts, split, warps, stages, scaled, _persistent_one = schedule
+    rows, tokens, parts, split, warps, stages, scaled = schedule[:7]
     padded, shares = tiles * TILE, parts or 1
     whole = schedule.whole(padded, len(x), processors(x.device))
     programs = whole + (schedule.tiles(padded, len(x)) - whole) * split
