@@ -168,6 +168,17 @@ def write(name: str, device: str, payload: dict[str, Any], folder: Path) -> Path
     return path
 
 
+def merged(rows: list[dict], made: list[dict], key: Callable[[dict], object], held: Path | None) -> list[dict]:
+    """Rows, or those of the file ``held`` if it is there, without those that share a key with what was made, and that.
+
+    Called when something has been made, so that runs on several GPUs at once can share a file.
+    """
+    if held is not None and held.is_file():
+        rows = json.loads(held.read_text())["rows"]
+    anew = {key(row) for row in made}
+    return [row for row in rows if key(row) not in anew] + made
+
+
 def show(row: dict[str, Any]) -> None:
     """Print a row as it is measured."""
     print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)

@@ -10,7 +10,6 @@ python benchmarks/bench_generate.py --device cpu    # a LLaVA of eight layers, a
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -156,16 +155,13 @@ def main() -> None:
     parser.set_defaults(runs=3)
     given = parser.parse_args()
     about: dict[str, Any] = {"rows": []}
-    held = _harness.result_path("generate", given.device, given.output)
+    held = _harness.result_path("generate", given.device, given.output) if given.add else None
     for variant in VARIANTS[given.device]:
         if given.variants and variant.name not in given.variants:
             continue
         with torch.inference_mode():
             made = bench(variant, given.device, given.runs, given.batches)
-        if given.add and held.is_file():  # read as late as this, for runs on several GPUs at once
-            about["rows"] = json.loads(held.read_text())["rows"]
-        anew = {(row["variant"], row["batch"]) for row in made}
-        about["rows"] = [row for row in about["rows"] if (row["variant"], row["batch"]) not in anew] + made
+        about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["variant"], row["batch"]), held)
         torch._dynamo.reset()
         gc.collect()
         if given.device == "cuda":

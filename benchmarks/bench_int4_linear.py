@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -120,15 +119,13 @@ def main() -> None:
     given = parser.parse_args()
     bandwidth = _harness.copy_bandwidth(given.device, 1024 if given.device == "cuda" else 256)
     about: dict[str, Any] = {"group_size": GROUP, "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1), "rows": []}
-    held = _harness.result_path("int4_linear", given.device, given.output)
+    held = _harness.result_path("int4_linear", given.device, given.output) if given.add else None
     with torch.inference_mode():
         for shape in SHAPES if given.device == "cuda" else CPU_SHAPES:
             if given.weights and f"{shape[0]}x{shape[1]}" not in given.weights:
                 continue
             made = bench(shape, given.device, given.runs, bandwidth)
-            if given.add and held.is_file():  # read as late as this, for runs on several GPUs at once
-                about["rows"] = json.loads(held.read_text())["rows"]
-            about["rows"] = [row for row in about["rows"] if (row["out"], row["in"]) != shape] + made
+            about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["out"], row["in"]), held)
             _harness.write(
                 "int4_linear", given.device, about, given.output
             )  # what is measured stays if a run is cut short

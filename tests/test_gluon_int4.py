@@ -36,7 +36,7 @@ def compiled(tokens, rest, dealt, group_size, dtype):
     kinds |= {"packed": "*i32", "scale": "*fp32", "partial": "*fp32", "counters": "*i32"}
     kinds |= dict.fromkeys(["M", "chunks", "padded", "programs", "helpers", "each", "shares", "head"], "i32")
     kinds |= dict.fromkeys(["rest_helpers", "rest_each", "rest_shares", "rest_head"], "i32")
-    constants = {"G": group_size, "DEALT": dealt, "BAND": 8, "EARLY": True, "TOKENS": tokens, "REST": rest}
+    constants = {"G": group_size, "DEALT": dealt, "BAND": 8, "TOKENS": tokens, "REST": rest}
     constants |= {"SLOTS": _gluon_int4.SLOTS[tokens], "REST_SLOTS": _gluon_int4.SLOTS[rest or tokens]}
     kernel = _gluon_int4.persistent_kernel
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}

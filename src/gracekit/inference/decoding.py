@@ -25,11 +25,8 @@ from gracekit.inference.inputs import Choice, Prompt
 from gracekit.inference.prefill import Capture, DecoderGraphs, TowerGraphs, tower_of
 
 _WARM_UP = 3
-_EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-)  # names of their number in transformers' configurations
+# Of the number of a model's experts, in transformers' configurations.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class _SharedLayer(StaticLayer):  # type: ignore[misc]

@@ -99,7 +99,9 @@ class TowerGraphs(_Graphs):
     """For a vision tower, whose only tensor is ``pixel_values``."""
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs if not args else {"pixel_values": args[0], **kwargs} if len(args) == 1 else None
+        if len(args) > 1:
+            return None
+        return {"pixel_values": args[0], **kwargs} if args else kwargs
 
     def _key(self, kwargs: dict[str, Any]) -> object | None:
         pixels, config = kwargs.get("pixel_values"), self.module.config

@@ -186,7 +186,7 @@ def persistent_kernel(
     packed, scale, partial, counters, x, y, x_rest, y_rest, M, chunks, padded,
     programs, helpers, each, shares, head, rest_helpers, rest_each, rest_shares, rest_head,
     G: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, REST: gl.constexpr, REST_SLOTS: gl.constexpr,
-    DEALT: gl.constexpr, BAND: gl.constexpr, EARLY: gl.constexpr,
+    DEALT: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of TOKENS rows of x, tile after tile, by the first ``programs``; the others take the last REST rows, if any.
 
@@ -197,33 +197,26 @@ def persistent_kernel(
     """
     program = gl.program_id(0)
     deal = (helpers, each, shares, head)
-    if REST == 0:
-        blocks = (M + TOKENS - 1) // TOKENS
+    blocks = M // TOKENS if REST > 0 else (M + TOKENS - 1) // TOKENS
+    slabs = (padded + _ROWS - 1) // _ROWS * blocks % programs * shares
+    if REST == 0 or program < programs:
         _multiply(
             packed, scale, partial, counters, x, y, program, programs, 0, blocks, M, chunks, padded, deal,
-            G, TOKENS, SLOTS, DEALT, BAND, EARLY,
+            G, TOKENS, SLOTS, DEALT, BAND,
         )  # fmt: skip
     else:
-        blocks = M // TOKENS
-        slabs = (padded + _ROWS - 1) // _ROWS * blocks % programs * shares
-        if program < programs:
-            _multiply(
-                packed, scale, partial, counters, x, y, program, programs, 0, blocks, M, chunks, padded, deal,
-                G, TOKENS, SLOTS, DEALT, BAND, EARLY,
-            )  # fmt: skip
-        else:
-            _multiply(
-                packed, scale, partial + slabs.to(gl.int64) * (_ROWS * TOKENS), counters + slabs, x_rest, y_rest,
-                program - programs, gl.num_programs(0) - programs, blocks * TOKENS, 1, M, chunks, padded,
-                (rest_helpers, rest_each, rest_shares, rest_head),
-                G, REST, REST_SLOTS, DEALT, BAND, EARLY,
-            )  # fmt: skip
+        _multiply(
+            packed, scale, partial + slabs.to(gl.int64) * (_ROWS * TOKENS), counters + slabs, x_rest, y_rest,
+            program - programs, gl.num_programs(0) - programs, blocks * TOKENS, 1, M, chunks, padded,
+            (rest_helpers, rest_each, rest_shares, rest_head),
+            G, REST, REST_SLOTS, DEALT, BAND,
+        )  # fmt: skip
 
 
 @gluon.jit
 def _multiply(
     packed, scale, partial, counters, x, y, program, programs, start, blocks, M, chunks, padded, deal,
-    G: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, DEALT: gl.constexpr, BAND: gl.constexpr, EARLY: gl.constexpr,
+    G: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, DEALT: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
     """What one of ``programs`` computes of ``blocks`` blocks of rows of x from ``start`` on."""
     dtype: gl.constexpr = x.dtype
@@ -243,8 +236,8 @@ def _multiply(
     tile, first, after = _part(0, parts, program, programs, tiles, chunks, deal, DEALT)
     row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
     words, s0, s1, s2, s3 = _words(packed, scale, row, first, chunks, padded, G)
-    if EARLY:  # launched while the kernel before it ends: waits for x, and for whoever still has the workspace
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    # Launched while the kernel before it ends: waits for x, and for whoever still has the workspace.
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
     # What is loaded runs ahead of what is multiplied: its part, its half chunk, and the one after its last.
     next_part = 0
     next_token = token

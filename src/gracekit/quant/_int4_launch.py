@@ -41,7 +41,7 @@ class Schedule(NamedTuple):
         tokens: rows of x of a program, a power of two from 8 on.
         parts: chunks of inputs that a program of ``narrow_kernel`` takes at once; 0 for ``wide_kernel``.
         split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
-            1 or 2: whether they are dealt out, evenly among all programs.
+            1 or 2: whether they are dealt out, as ``_Deal`` says.
         warps: of a program.
         stages: steps in flight.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
@@ -178,12 +178,8 @@ def _persistent(
     deals = _deals(row_tiles * blocks, row_tiles if rest else 0, chunks, processors(x.device), dealt)
     sums = sum(deal.slabs * width for deal, width in zip(deals, (tokens, rest), strict=True))
     partial = x.new_empty(sums * gluon.ROWS, dtype=torch.float32)
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    described = [
-        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block, width], layout)
-        for block in (tokens, rest or tokens)
-        for tensor, width in ((x, gluon.HALF), (y, gluon.ROWS))
-    ]
+    described = _described(x, y, tokens)
+    described += _described(x, y, rest) if rest else described
     options = {
         "G": chunks * CHUNK // scale.shape[0],
         "TOKENS": tokens,
@@ -192,13 +188,21 @@ def _persistent(
         "REST_SLOTS": gluon.SLOTS[rest or tokens],
         "DEALT": dealt,
         "BAND": _BAND,
-        "EARLY": True,
         "num_warps": schedule.warps,
         "launch_pdl": True,
     }
     sizes = [count, chunks, padded, deals[0].programs, *deals[0][1:5], *deals[1][1:5]]
     grid = (deals[0].programs + deals[1].programs,)
     return gluon.persistent_kernel, grid, [packed, scale, partial, counters, *described], sizes, options
+
+
+def _described(x: Tensor, y: Tensor, block: int) -> list[Any]:
+    """Return what the copy engine is told of x and y, for blocks of so many rows of x."""
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return [
+        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block, width], layout)
+        for tensor, width in ((x, gluon.HALF), (y, gluon.ROWS))
+    ]
 
 
 class _Deal(NamedTuple):
