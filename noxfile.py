@@ -53,6 +53,7 @@ def gpu(session: nox.Session) -> None:
         "tests/test_triton_attention.py",
         "tests/test_triton_int4.py",
         "tests/test_gluon_int4.py",
+        "tests/test_gluon_vector.py",
         "tests/test_triton_lsq.py",
         "tests/test_quant_cuda.py",
         "tests/test_inference_generate.py",

@@ -265,15 +265,18 @@ def test_no_product_on_hopper_still_reads_operands_that_the_next_step_overwrites
     st.integers(1, 120),
     st.sampled_from([16, 132]),
     st.booleans(),
+    st.booleans(),
 )
-def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors, persistent):
-    found = _int4_choices.schedules(rows, outputs, chunks, processors, persistent=persistent)
+def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors, persistent, vector):
+    vector &= rows <= 2
+    found = _int4_choices.schedules(rows, outputs, chunks, processors, persistent=persistent, vector=vector)
     assert found
     assert len(set(found)) == len(found) <= 32
     assert any(schedule.persistent for schedule in found) == (persistent and rows > 64)
+    assert any(schedule.is_vector for schedule in found) == vector
     for schedule in found:
         assert schedule.rows in (16, 32, 64, 128)
-        assert schedule.tokens in _int4_choices._WIDE
+        assert schedule.tokens == rows if schedule.is_vector else schedule.tokens in _int4_choices._WIDE
         assert schedule.split == 1 or schedule.persistent or schedule.split * 2 <= chunks
 
 
@@ -383,7 +386,7 @@ class TestOnCuda:
         _int4_choices._table.cache_clear()
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("rows", [1, 8, 33, 64, 1000])
+    @pytest.mark.parametrize("rows", [1, 2, 8, 33, 64, 1000])
     def test_the_measured_choice_multiplies_within_the_bound(self, rows, dtype):
         model = prepared(weights("normal", 1, 1000, 1152, dtype, 128), group_size=128, bias=False).cuda()
         values, _ = trained_values(model)

@@ -3,7 +3,7 @@
 For each shape, group size, dtype and size class of the rows, the first product times some ways to launch the kernels and the dense
 way, with the weight coming from memory: copies that together exceed the cache take turns inside a CUDA graph, as the layers of a
 model do. What is fastest, of those whose product is the dense one's, is used from then on, in later processes too. The file is
-``$GRACEKIT_CACHE/w4a16-GPU-VERSIONS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
+``$GRACEKIT_CACHE/w4a16-GPU-VERSIONS-KERNELS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
 measure anew. Nothing is measured while a graph is captured: a product not known by then is computed the dense way.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -44,6 +45,8 @@ _DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
 _ROUNDING = 2.0**-6  # two roundings of bfloat16, and sums in another order
 _FEW = 64  # rows of x, whose products wait for the memory
 _MORE = (2, 3, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
+# (output rows, parts, steps ahead) of vector_kernel.
+_VECTOR = ((16, 4, 2), (16, 8, 2), (16, 8, 4), (32, 4, 2), (32, 4, 3), (32, 8, 2), (32, 8, 3), (64, 4, 2))
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
 _NARROW = {
     8: ((16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 2), (32, 4, 4), (32, 8, 4), (64, 4, 4)),
@@ -126,13 +129,23 @@ def cache_folder() -> Path:
 @functools.cache
 def _table(device: int) -> Table:
     name = torch.cuda.get_device_name(device).replace(" ", "-").replace("/", "-").lower()
-    return Table(cache_folder() / f"w4a16-{name}-torch{torch.__version__}-triton{triton.__version__}.json")
+    versions = f"torch{torch.__version__}-triton{triton.__version__}"
+    return Table(cache_folder() / f"w4a16-{name}-{versions}-{_kernels()}.json")
 
 
-def schedules(rows: int, outputs: int, chunks: int, processors: int, *, persistent: bool = False) -> list[Schedule]:
+def _kernels() -> str:
+    """Return what is another when the kernels, or what is tried of them, are others."""
+    folder = Path(__file__).parent
+    sources = [*folder.glob("_gluon_*.py"), *folder.glob("_int4_*.py"), folder / "_triton_int4.py"]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sorted(sources))).hexdigest()[:8]
+
+
+def schedules(
+    rows: int, outputs: int, chunks: int, processors: int, *, persistent: bool = False, vector: bool = False
+) -> list[Schedule]:
     """Return what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors.
 
-    ``persistent``: whether the device has ``persistent_kernel``.
+    ``persistent``, ``vector``: whether these kernels can be had.
     """
     tokens = max(8, min(triton.next_power_of_2(rows), 256))
     found = [
@@ -149,6 +162,12 @@ def schedules(rows: int, outputs: int, chunks: int, processors: int, *, persiste
         for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _FEW else ())
         if split == 1 or chunks >= 2 * split
     ]
+    if vector:
+        found += [
+            Schedule(tile, rows, parts, 1, parts, steps, scaled=False)
+            for tile, parts, steps in _VECTOR
+            if parts <= max(4, chunks)
+        ]
     if persistent and rows > _FEW:
         found += [
             Schedule(gluon.ROWS, width, 0, split, gluon.WARPS, slots, scaled=True, persistent=True)
@@ -186,6 +205,7 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
             packed.shape[1],
             properties.multi_processor_count,
             persistent=kernel.has_persistent(x, outputs),
+            vector=kernel.has_vector(inputs),
         )
         if schedule.counters(len(packed) * TILE, rows, properties.multi_processor_count) <= counters.numel()
     ]

@@ -20,30 +20,35 @@ from gracekit.quant._int4_layout import CHUNK, TILE
 from gracekit.quant._triton_int4 import narrow_kernel, values_kernel, wide_kernel
 from gracekit.quant._triton_launch import launch, launches_early, processors
 
-gluon: Any = None  # the module of ``persistent_kernel``, where this Triton has what it is written in
+# The modules of ``persistent_kernel`` and ``vector_kernel``, where this Triton has what they are written in.
+gluon: Any = None
+vector: Any = None
 with contextlib.suppress(ImportError, AttributeError):  # Gluon is marked as experimental
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from gracekit.quant import _gluon_int4 as gluon
+with contextlib.suppress(ImportError, AttributeError):
+    from gracekit.quant import _gluon_vector as vector
 
 _ALIGNMENT = 16  # bytes; what the copy engine asks of the rows of a tensor
 _VALUES_ROWS = 32
 _BAND = 8
 _MOST_SHARES = 3
+_LEAST_TOKENS = 8  # of a product of halves
 
 
 class Schedule(NamedTuple):
     """How a product is launched.
 
     Attributes:
-        rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` 64 at most.
-        tokens: rows of x of a program, a power of two from 8 on.
-        parts: chunks of inputs that a program of ``narrow_kernel`` takes at once; 0 for ``wide_kernel``.
+        rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` and ``vector_kernel`` 64 at most.
+        tokens: rows of x of a program, a power of two from 8 on; 1 or 2, and then all of x, for ``vector_kernel``.
+        parts: chunks of inputs that a program of ``narrow_kernel`` or ``vector_kernel`` takes at once; 0 for the others.
         split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
             1 or 2: whether they are dealt out, as ``_Deal`` says.
         warps: of a program.
-        stages: steps in flight.
+        stages: steps in flight; for ``vector_kernel`` those whose words are loaded ahead.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
         persistent: whether it is ``persistent_kernel`` that is launched; ``stages`` are then the slots of its ring.
     """
@@ -56,6 +61,11 @@ class Schedule(NamedTuple):
     stages: int
     scaled: bool
     persistent: bool = False
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is ``vector_kernel`` that is launched."""
+        return self.tokens < _LEAST_TOKENS
 
     def tiles(self, padded: int, count: int) -> int:
         """Return how many tiles of y (count, padded) there are; for ``narrow_kernel`` in a block of rows of x."""
@@ -94,6 +104,8 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: 
     x = x if x.stride(-1) == 1 else x.contiguous()
     if schedule.persistent:
         x = _aligned(x)
+    elif schedule.is_vector:
+        x = _paired(x)
     y = x.new_empty(len(x), outputs)
     launch(*_product(x, packed, scale, y, counters, schedule))
     return y
@@ -120,6 +132,8 @@ def _product(
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     if schedule.persistent:
         return _persistent(x, packed, scale, y, counters, schedule)
+    if schedule.is_vector:
+        return _vector(x, packed, scale, y, schedule)
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule[:7]
     padded, shares = tiles * TILE, parts or 1
@@ -147,6 +161,41 @@ def _product(
         blocks = triton.cdiv(len(x), tokens)
         return narrow_kernel, (programs, blocks), tensors, sizes, options | {"PARTS": parts}
     return wide_kernel, (programs,), tensors, sizes, options | {"SCALED": scaled, "BAND": _BAND}
+
+
+def _vector(
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, schedule: Schedule
+) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
+    """Return what is launched for ``vector_kernel``."""
+    (tiles, chunks), parts, early = packed.shape[:2], schedule.parts, launches_early(x.device)
+    steps = triton.cdiv(chunks, parts)
+    options = {
+        "STEPS": steps,
+        "G": chunks * CHUNK // scale.shape[0],
+        "ROWS": schedule.rows,
+        "TOKENS": len(x),
+        "PARTS": parts,
+        "DEPTH": min(schedule.stages, steps),
+        "MASKED": bool(x.shape[1] % (CHUNK * parts)),
+        "EARLY": early,
+        "num_warps": parts,
+    }
+    if early:
+        options["launch_pdl"] = True
+    sizes = [y.shape[1], x.shape[1], x.stride(0), chunks, tiles * TILE]
+    return vector.vector_kernel, (tiles * TILE // schedule.rows,), [x, packed, scale, y], sizes, options
+
+
+def has_vector(x: Tensor) -> bool:
+    """Whether ``vector_kernel`` can compute products with x."""
+    if vector is None or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    return bool(len(x) <= vector.MOST_TOKENS)
+
+
+def _paired(x: Tensor) -> Tensor:
+    """Return x, or a copy of it whose rows can be read as words of two inputs each."""
+    return x if x.data_ptr() % 4 == 0 and x.stride(0) % 2 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def has_persistent(x: Tensor, outputs: int) -> bool:

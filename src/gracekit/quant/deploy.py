@@ -34,7 +34,8 @@ def convert(model: nn.Module, target: str = "auto", *, dtype: torch.dtype | None
 
     Codes q and scales s are, bit for bit, those of the training forward. The kernels of "cpu" and "triton" multiply by q * s as it
     is and round once: ``|y - x @ (q * s)^T| <= eps / 2 * |y| + 2**-20 * |x| @ |q * s|^T`` before the bias, eps of the activations'
-    dtype. Training, "cuda" and "reference" round q * s to that dtype first, where it does not fit, so any two differ by at most
+    dtype. (Of one or two rows, "triton" takes x as fixed-point numbers: the second ``|x|`` is then the largest of each 128 inputs.)
+    Training, "cuda" and "reference" round q * s to that dtype first, where it does not fit, so any two differ by at most
     ``eps * |y| + (eps + 2**-20) * |x| @ |q * s|^T``.
 
     Args:

@@ -1,0 +1,223 @@
+"""The 4-bit product of one or two rows in whole numbers: its assembly run by Python, how it compiles, and what a GPU computes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import normal, seeds
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("triton.experimental.gluon")
+from triton.knobs import nvidia
+
+from gracekit.quant import _gluon_vector, _int4_launch
+from gracekit.quant._int4_choices import _VECTOR
+from gracekit.quant._int4_launch import Schedule
+from gracekit.quant._int4_layout import pack_codes, pack_scales
+
+AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+groups = st.sampled_from([32, 64, 128])
+
+
+def run_ptx(ptx: str, inputs: dict[str, int], outputs: int) -> list[int]:
+    """What a few lines of PTX leave in $0 and after, by what the PTX manual says of each instruction."""
+    held = dict(inputs)
+
+    def value(name: str) -> int:
+        if name.startswith("0f"):
+            return int(name[2:], 16)
+        return held[name] if name in held else int(name, 0)
+
+    def as_float(name: str) -> np.float32:
+        return np.array(value(name), np.uint32).view(np.float32)[()]
+
+    for line in chain.from_iterable(text.split(";") for text in ptx.strip("{}\n").splitlines()):
+        what, *names = re.split(r"[ ,]+", line.strip())
+        if what == "" or what.startswith(".reg"):
+            continue
+        if what == "lop3.b32":
+            a, b, c, table = map(value, names[1:])
+            bits = [(a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1) for i in range(32)]
+            found = sum((table >> bit & 1) << i for i, bit in enumerate(bits))
+        elif what == "prmt.b32":
+            source = value(names[1]) | value(names[2]) << 32
+            found = sum((source >> 8 * (value(names[3]) >> 4 * i & 7) & 255) << 8 * i for i in range(4))
+        elif what == "fma.rn.f32":
+            a, b, c = (np.float64(as_float(name)) for name in names[1:])  # exact here, so that it is rounded once
+            found = int(np.float32(a * b + c).view(np.uint32))
+        else:
+            operations = {"shl": lambda a, b: a << b, "xor": lambda a, b: a ^ b, "add": lambda a, b: a + b}
+            found = value(names[1]) if what == "mov.b32" else operations[what[:3]](*map(value, names[1:]))
+        held[names[0]] = found & 0xFFFFFFFF
+    return [held[f"${place}"] for place in range(outputs)]
+
+
+def signed_bytes(word: int) -> list[int]:
+    return np.array([word], np.uint32).view(np.int8).tolist()
+
+
+@given(seeds, groups)
+def test_unpacked_words_are_the_codes_of_the_inputs_that_digits_are_made_of(seed, group_size):
+    codes = torch.randint(-8, 8, (1, 128), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    words = [int(word) & 0xFFFFFFFF for word in pack_codes(codes)[0, 0, 0]]
+    seen = []
+    for quad in range(4):
+        given_ = {f"${8 + i}": words[4 * quad + i] for i in range(4)}
+        for plane, word in enumerate(run_ptx(_gluon_vector.UNPACKING[group_size], given_, 8)):
+            first = _gluon_vector._first_input.fn(16 * (plane // 4) + 4 * quad + plane % 4, group_size)
+            # What `_digits` does with two pairs, the second of which is so far on.
+            inputs = [first + i for i in range(4)] if group_size == 32 else [first, first + 32, first + 1, first + 33]
+            assert signed_bytes(word) == [16 * int(codes[0, k]) for k in inputs]
+            assert {k // group_size for k in inputs} == {16 * plane // group_size}
+            seen += inputs
+    assert sorted(seen) == list(range(128))
+
+
+values = st.floats(-1, 1, width=32) | st.sampled_from([0.0, 1.0, -1.0, 2.0**-13, 255 / 256, -255 / 256])
+
+
+@given(st.tuples(values, values, values, values), st.integers(-60, 60))
+@example((1.0, -1.0, 0.5, -0.5), 0)
+def test_digits_are_bytes_that_stand_for_the_input_within_half_of_the_last(inputs, exponent):
+    x = np.ldexp(np.array(inputs, np.float32), exponent).astype(np.float32)
+    up = np.float32(2.0 ** (20 - exponent))  # as for a largest input of at least 2^exponent, and below twice that
+    bits = {f"${3 + i}": int(number.view(np.uint32)) for i, number in enumerate((*x, up))}
+    d0, d1, d2 = (np.array(signed_bytes(word)) for word in run_ptx(_gluon_vector.DIGITS, bits, 3))
+    whole = d0 + 256 * d1 + 65536 * d2
+    assert np.abs(whole - x.astype(np.float64) * float(up)).max() <= 0.5
+    assert np.abs(whole).max() <= 2**20
+
+
+# In a process of its own: where kernels are interpreted, what Triton's library has in Triton is no longer compiled.
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from gracekit.quant._gluon_vector import vector_kernel as kernel
+
+capability, group_size, tokens, masked, dtype = sys.argv[1:]
+kinds = {"x": f"*{dtype}", "packed": "*i32", "scale": "*fp32", "y": f"*{dtype}"}
+kinds |= dict.fromkeys(["N", "K", "stride", "chunks", "padded"], "i32")
+constants = {"STEPS": 4, "G": int(group_size), "ROWS": 32, "TOKENS": int(tokens), "PARTS": 8, "DEPTH": 2}
+early = int(capability) >= 90
+constants |= {"MASKED": masked == "True", "EARLY": early}
+signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in kinds if name != "chunks"}
+source = GluonASTSource(kernel, signature, constants, aligned)
+options = {"num_warps": 8} | ({"launch_pdl": True} if early else {})
+print(triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options=options).asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "group_size", "tokens", "masked", "dtype"),
+    [(90, 128, 1, False, "bf16"), (90, 32, 2, True, "fp16"), (80, 64, 1, True, "bf16")],
+)
+def test_each_product_of_bytes_is_one_of_the_tensor_cores(tmp_path, capability, group_size, tokens, masked, dtype):
+    asked = map(str, (capability, group_size, tokens, masked, dtype))
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    made = subprocess.run(
+        [sys.executable, "-c", COMPILE, *asked], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    # Two blocks of 16 outputs, 4 steps, 4 times 32 inputs.
+    assert len(re.findall(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32", made)) == 32
+    assert ("griddepcontrol" in made) == (capability >= 90)
+    ptx = tmp_path / "kernel.ptx"
+    ptx.write_text(made)
+    assembler = [
+        nvidia.ptxas.path,
+        f"-arch=sm_{capability}{'a' * (capability == 90)}",
+        "-v",
+        str(ptx),
+        "-o",
+        str(tmp_path / "kernel.cubin"),
+    ]
+    said = subprocess.run(assembler, check=True, capture_output=True, text=True)
+    assert " 0 bytes spill stores" in said.stderr
+
+
+def drawn(outputs, inputs, group_size, dtype):
+    generator = torch.Generator().manual_seed(outputs + inputs)
+    codes = torch.randint(-8, 8, (outputs, inputs), generator=generator).to(torch.int8)
+    scale = (0.01 * torch.rand(outputs, inputs // group_size, generator=generator) + 1e-3).to(dtype)
+    packed = pack_codes(codes), pack_scales(scale.float(), group_size, inputs)
+    weight = codes.double() * scale.double().repeat_interleave(group_size, dim=1)
+    return weight.cuda(), *(tensor.cuda() for tensor in packed)
+
+
+def product(x, packed, scale, outputs, rows=32, parts=8, steps=2):
+    counters = torch.zeros(0, dtype=torch.int32, device="cuda")
+    schedule = Schedule(rows, len(x), parts, 1, parts, steps, scaled=False)
+    return _int4_launch.linear(x, packed, scale, counters, outputs, schedule)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not AMPERE, reason="needs a CUDA device of compute capability 8.0")
+class TestOnCuda:
+    """What the kernel computes."""
+
+    @pytest.mark.parametrize("tokens", [1, 2])
+    @pytest.mark.parametrize("outlier", [1.0, 1e3])
+    @pytest.mark.parametrize(
+        ("outputs", "inputs", "group_size", "dtype"),
+        [
+            (64, 128, 128, torch.bfloat16),
+            (200, 256, 64, torch.bfloat16),
+            (136, 384, 32, torch.float16),
+            (1000, 1152, 64, torch.float16),  # nine chunks
+            (72, 224, 32, torch.bfloat16),  # inputs that no chunk divides
+            (4096, 4096, 128, torch.bfloat16),
+            (1001, 11008, 32, torch.bfloat16),
+            (64, 8160, 32, torch.float16),
+        ],
+    )
+    def test_every_schedule_multiplies_within_the_bound_and_the_same_again(
+        self, outputs, inputs, group_size, dtype, outlier, tokens
+    ):
+        weight, packed, scale = drawn(outputs, inputs, group_size, dtype)
+        x = normal(tokens, tokens, inputs + 2, scale=0.1)
+        x[:, ::97] *= outlier
+        x = x.to(dtype).cuda()[:, :inputs]
+        exact = x.double() @ weight.t()
+        chunks = torch.nn.functional.pad(x.double().abs(), (0, -inputs % 128)).view(tokens, -1, 128)
+        largest = chunks.amax(2, keepdim=True).expand_as(chunks).reshape(tokens, -1)[:, :inputs]
+        bound = torch.finfo(dtype).eps / 2 * exact.abs() + 2**-20 * (largest @ weight.abs().t())
+        for way in _VECTOR:
+            y = product(x, packed, scale, outputs, *way)
+            assert y.shape == (tokens, outputs)
+            assert bool(((y.double() - exact).abs() <= bound + torch.finfo(dtype).smallest_normal).all()), way
+            assert torch.equal(y, product(x, packed, scale, outputs, *way)), way
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-10, 1e10, 1e30])
+    def test_inputs_of_any_size_are_multiplied_as_well(self, size):
+        weight, packed, scale = drawn(128, 1024, 128, torch.bfloat16)
+        x = normal(3, 1, 1024, scale=size).to(torch.bfloat16).cuda()
+        x[:, 512:] = 0
+        y, exact = product(x, packed, scale, 128).double(), x.double() @ weight.t()
+        assert torch.allclose(y, exact, rtol=2**-8, atol=2**-18 * float(exact.abs().max()))
+
+    @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+    def test_a_row_with_an_input_that_is_not_finite_has_no_number(self, wrong):
+        _, packed, scale = drawn(128, 1024, 64, torch.bfloat16)
+        x = normal(4, 2, 1024, dtype=torch.bfloat16).cuda()
+        expected = product(x, packed, scale, 128)
+        x[1, 700] = wrong
+        y = product(x, packed, scale, 128)
+        assert bool(y[1].isnan().all())
+        assert torch.equal(y[0], expected[0])
+
+    @pytest.mark.parametrize("shift", [0, 1, 2, 3])
+    def test_rows_that_cannot_be_read_in_pairs_are_copied(self, shift):
+        _, packed, scale = drawn(256, 384, 128, torch.bfloat16)
+        x = normal(2, 2, 389, dtype=torch.bfloat16).cuda()[:, shift : shift + 384]
+        assert torch.equal(product(x, packed, scale, 256), product(x.contiguous(), packed, scale, 256))
