@@ -8,9 +8,8 @@ becomes whole numbers i of 22 bits and a power of two, and these digits d of bas
     x = 2^e * i,    |i| < 2^21,    i = d0 + 256 * d1 + 65536 * d2,    -128 <= d < 128
 
 Products of codes and digits are summed over a group without rounding, and then take the group's scale and the power of two in
-float32. What is lost is what of an input lies below 2^-21 of the largest of its chunk: nothing of bfloat16 numbers of 2^-13 of it,
-and of less no more than the tensor cores lose of a sum in which both are. An input that is not finite makes all outputs of its row
-NaN.
+float32. What is lost of an input is at most 2^-21 of the largest of its chunk, and of a bfloat16 number nothing from 2^-13 of that
+on. An input that is not finite makes all outputs of its row NaN.
 
 A program turns all of x into digits in shared memory, which its warps then read as the right operand: a column each for the three
 digits of a row. The fourth column holds what the sums are to be multiplied by. Each warp takes other chunks of the inputs, and the

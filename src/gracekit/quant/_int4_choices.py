@@ -3,8 +3,8 @@
 For each shape, group size, dtype and size class of the rows, the first product times some ways to launch the kernels and the dense
 way, with the weight coming from memory: copies that together exceed the cache take turns inside a CUDA graph, as the layers of a
 model do. What is fastest, of those whose product is the dense one's, is used from then on, in later processes too. The file is
-``$GRACEKIT_CACHE/w4a16-GPU-VERSIONS-KERNELS.json``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured); delete it to
-measure anew. Nothing is measured while a graph is captured: a product not known by then is computed the dense way.
+``w4a16-GPU-VERSIONS-KERNELS.json`` in ``$GRACEKIT_CACHE``, by default in ``~/.cache/gracekit`` (``$XDG_CACHE_HOME`` is honoured);
+delete it to measure anew. Nothing is measured while a graph is captured: a product not known by then is computed the dense way.
 """
 
 # M rows of x, N out_features, K in_features, T tiles, C chunks
@@ -46,7 +46,7 @@ _ROUNDING = 2.0**-6  # two roundings of bfloat16, and sums in another order
 _FEW = 64  # rows of x, whose products wait for the memory
 _MORE = (2, 3, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
 # (output rows, parts, steps ahead) of vector_kernel.
-_VECTOR = ((16, 4, 2), (16, 8, 2), (16, 8, 4), (32, 4, 2), (32, 4, 3), (32, 8, 2), (32, 8, 3), (64, 4, 2))
+_VECTOR = ((16, 8, 2), (16, 8, 4), (32, 4, 3), (32, 8, 2), (32, 8, 3))
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
 _NARROW = {
     8: ((16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 2), (32, 4, 4), (32, 8, 4), (64, 4, 4)),
@@ -162,7 +162,8 @@ def schedules(
         for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _FEW else ())
         if split == 1 or chunks >= 2 * split
     ]
-    if vector:
+    if vector:  # the simplest of the others remain, should none of these be right on a card
+        found = [schedule for schedule in found if schedule.parts and schedule.split == 1]
         found += [
             Schedule(tile, rows, parts, 1, parts, steps, scaled=False)
             for tile, parts, steps in _VECTOR

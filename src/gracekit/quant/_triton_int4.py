@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gracekit.quant._int4_layout import CHUNK, TILE, WORDS
 
@@ -32,6 +32,9 @@ _TILE = tl.constexpr(TILE)
 _CHUNK = tl.constexpr(CHUNK)
 _WORDS = tl.constexpr(WORDS)
 _CODES_OF_ZERO = tl.constexpr(-0x77777778)  # eight times u = 8
+_FEWEST = tl.constexpr(
+    8
+)  # rows of x in a program; of more, the next kernel's programs would come to lie unevenly beside this one's
 
 
 def _assembly(number: str, take_away: str) -> str:
@@ -175,7 +178,7 @@ def narrow_kernel(
 
     The first ``whole`` tiles of outputs have a program each. The inputs of the others are dealt out among SPLIT programs.
     MASKED: the last step may lie beyond the inputs.
-    EARLY: launched while the kernel before it ends; waits for what that has written.
+    EARLY: launched while the kernel before it ends; waits for what that has written, and may let the next be launched likewise.
     """
     tile, share, begin, end = _part(tl.program_id(0), whole, STEPS, SPLIT)
     lane = tl.arange(0, PARTS * ROWS)  # an output row of a part
@@ -189,6 +192,8 @@ def narrow_kernel(
     total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
+        if TOKENS == _FEWEST:
+            gdc_launch_dependents()
     # A mask costs a fifth of the instructions, so the last step alone has it.
     UNMASKED: tl.constexpr = STEPS - 1 if MASKED else STEPS
     for step in tl.range(begin, tl.minimum(end, UNMASKED) if SPLIT > 1 else UNMASKED, num_stages=STAGES):
@@ -257,6 +262,8 @@ def wide_kernel(
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
+        if TOKENS == _FEWEST:
+            gdc_launch_dependents()
     for chunk in tl.range(begin, end, num_stages=STAGES):
         left = K - chunk * _CHUNK
         is_packed = (row < padded) & (left > 0)
