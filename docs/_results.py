@@ -119,8 +119,8 @@ def inference(device: str) -> None:
     result = newest("decode_profile", device)
     if result is not None:
         (GENERATED / f"decode_profile-{device}.txt").write_text(
-            f"{result['variant']}, {result['prompt']} tokens before: {result['step_us'] / 1e3:.2f} ms a step, of which "
-            f"{result['profiled_us'] / 1e3:.2f} ms in the parts below; limit by traffic ({result['bytes_read'] / 2**20:.0f} MiB at "
+            f"{result['variant']}, {result['prompt']} tokens before: {result['step_us'] / 1e3:.2f} ms a step; the parts "
+            f"below add up to {result['profiled_us'] / 1e3:.2f} ms; limit by traffic ({result['bytes_read'] / 2**20:.0f} MiB at "
             f"{result['copy_bandwidth_gb_s']} GB/s) {result['traffic_limit_us'] / 1e3:.2f} ms. {machine(result)}\n"
         )
         columns = {"name": "Part", "us": "us a step", "calls": "Calls a step"}
