@@ -117,25 +117,26 @@ def _side_by_side(planes, FIRST: gl.constexpr, COUNT: gl.constexpr, PARTS: gl.co
 
 
 @gluon.jit
-def _load_words(at, part, step, chunks, PARTS: gl.constexpr, LAST: gl.constexpr):
-    """The words (PARTS, ROWS, 16) of a step; in the LAST one, those of the last chunk for chunks that are not there."""
+def _ahead(part, step, chunks, PARTS: gl.constexpr, LAST: gl.constexpr):
+    """How far on a part's chunk of a step is from its first; in the LAST step, if there is none, how far the last of all is."""
     ahead = step * PARTS
     if LAST:
         ahead += gl.minimum(part, chunks - 1 - step * PARTS) - part
-    return gl.load(at + ahead * (_TILE * _WORDS), eviction_policy="evict_first")
+    return ahead
 
 
 @gluon.jit
-def _load_scales(at, part, step, chunks, padded, G: gl.constexpr, PARTS: gl.constexpr, LAST: gl.constexpr):
-    """The scales (PARTS, ROWS) of up to four groups, likewise."""
-    ahead = step * PARTS
-    if LAST:
-        ahead += gl.minimum(part, chunks - 1 - step * PARTS) - part
-    at += ahead * (_CHUNK // G) * padded
+def _load_step(
+    words_at, words_part, scales_at, scales_part, step, chunks, padded, G: gl.constexpr, PARTS: gl.constexpr, LAST: gl.constexpr
+):  # fmt: skip
+    """The words (PARTS, ROWS, 16) of a step and the scales (PARTS, ROWS) of its up to four groups."""
+    ahead = _ahead(words_part, step, chunks, PARTS, LAST)
+    words = gl.load(words_at + ahead * (_TILE * _WORDS), eviction_policy="evict_first")
+    at = scales_at + _ahead(scales_part, step, chunks, PARTS, LAST) * (_CHUNK // G) * padded
     scales = (gl.load(at),)
     for group in gl.static_range(1, _CHUNK // G):
         scales = scales + (gl.load(at + group * padded),)
-    return scales
+    return words, scales
 
 
 @gluon.jit
@@ -239,6 +240,7 @@ def vector_kernel(
 
     DEPTH: steps, of STEPS, whose words are loaded ahead. MASKED: the last step may lie beyond the inputs.
     EARLY: launched while the kernel before it ends; waits for what that has written, and lets the next one be launched likewise.
+    The weight must not be what that has written: of ``packed`` and ``scale`` it reads the first steps before.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [PARTS, 1, 1], [1, 16, 8])
     PACKED: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [PARTS, 1, 1], [2, 1, 0])
@@ -249,21 +251,22 @@ def vector_kernel(
         digits = digits + (gl.allocate_shared_memory(gl.int32, [PARTS, 2, 4 * TOKENS, _WORDS], PLAIN),)
 
     row = gl.program_id(0) * ROWS
-    part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PACKED)))[:, None, None]
+    words_part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, gl.SliceLayout(2, PACKED)))[:, None, None]
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, gl.SliceLayout(2, PACKED)))[None, :, None]
     word = gl.arange(0, _WORDS, layout=gl.SliceLayout(0, gl.SliceLayout(1, PACKED)))[None, None, :]
     tile = (row // _TILE).to(gl.int64) * (chunks * _TILE) + row % _TILE
-    words_at = packed + tile * _WORDS + ((part * _TILE + r) * _WORDS + word)
+    words_at = packed + tile * _WORDS + ((words_part * _TILE + r) * _WORDS + word)
     SCALES: gl.constexpr = gl.SliceLayout(2, MMA)
-    scale_part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, SCALES))[:, None]
+    scales_part = gl.arange(0, PARTS, layout=gl.SliceLayout(1, SCALES))[:, None]
     r = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCALES))[None, :]
-    scales_at = scale + row + (scale_part * (_CHUNK // G) * padded + r)
-    words, scales = (), ()
+    scales_at = scale + row + (scales_part * (_CHUNK // G) * padded + r)
+    loaded = ()
     for step in gl.static_range(DEPTH):
-        words = words + (_load_words(words_at, part, step, chunks, PARTS, MASKED and step == LAST),)
-        scales = scales + (
-            _load_scales(scales_at, scale_part, step, chunks, padded, G, PARTS, MASKED and step == LAST),
-        )
+        loaded = loaded + (
+            _load_step(
+                words_at, words_part, scales_at, scales_part, step, chunks, padded, G, PARTS, MASKED and step == LAST
+            ),
+        )  # fmt: skip
     if EARLY:
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
 
@@ -299,15 +302,16 @@ def vector_kernel(
 
     total = gl.zeros([PARTS, ROWS, _COLUMNS], gl.float32, MMA)
     for step in gl.static_range(STEPS):
-        total = _add_step(total, words[0], scales[0], digits[step], G, ROWS, TOKENS, PARTS, MMA)
-        words, scales = words[1:], scales[1:]
+        words, scales = loaded[0]
+        total = _add_step(total, words, scales, digits[step], G, ROWS, TOKENS, PARTS, MMA)
+        loaded = loaded[1:]
         if step + DEPTH < STEPS:
-            words = words + (_load_words(words_at, part, step + DEPTH, chunks, PARTS, MASKED and step + DEPTH == LAST),)
-            scales = scales + (
-                _load_scales(
-                    scales_at, scale_part, step + DEPTH, chunks, padded, G, PARTS, MASKED and step + DEPTH == LAST
+            loaded = loaded + (
+                _load_step(
+                    words_at, words_part, scales_at, scales_part, step + DEPTH, chunks, padded, G, PARTS,
+                    MASKED and step + DEPTH == LAST,
                 ),
-            )
+            )  # fmt: skip
 
     if TOKENS == 1:  # the second half of the columns is nothing
         sums = gl.sum(gl.sum(total, 2), 0)
