@@ -99,51 +99,41 @@ def test_digits_are_bytes_that_stand_for_the_input_within_half_of_the_last(input
 
 # In a process of its own: where kernels are interpreted, what Triton's library has in Triton is no longer compiled.
 COMPILE = """
-import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from gracekit.quant._gluon_vector import vector_kernel as kernel
 
-capability, group_size, tokens, masked, dtype = sys.argv[1:]
-kinds = {"x": f"*{dtype}", "packed": "*i32", "scale": "*fp32", "y": f"*{dtype}"}
-kinds |= dict.fromkeys(["N", "K", "stride", "chunks", "padded"], "i32")
-constants = {"STEPS": 4, "G": int(group_size), "ROWS": 32, "TOKENS": int(tokens), "PARTS": 8, "DEPTH": 2}
-early = int(capability) >= 90
-constants |= {"MASKED": masked == "True", "EARLY": early}
-signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
-aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in kinds if name != "chunks"}
-source = GluonASTSource(kernel, signature, constants, aligned)
-options = {"num_warps": 8} | ({"launch_pdl": True} if early else {})
-print(triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options=options).asm["ptx"])
+for capability, group_size, tokens, masked, dtype in CASES:
+    kinds = {"x": f"*{dtype}", "packed": "*i32", "scale": "*fp32", "y": f"*{dtype}"}
+    kinds |= dict.fromkeys(["N", "K", "stride", "chunks", "padded"], "i32")
+    constants = {"STEPS": 4, "G": group_size, "ROWS": 32, "TOKENS": tokens, "PARTS": 8, "DEPTH": 2, "MASKED": masked}
+    early = capability >= 90
+    signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in kinds if name != "chunks"}
+    source = GluonASTSource(kernel, signature, constants | {"EARLY": early}, aligned)
+    options = {"num_warps": 8} | ({"launch_pdl": True} if early else {})
+    print(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"] + "END OF A CASE")
 """
+CASES = [(90, 128, 1, False, "bf16"), (90, 32, 2, True, "fp16"), (80, 64, 1, True, "bf16")]
 
 
-@pytest.mark.parametrize(
-    ("capability", "group_size", "tokens", "masked", "dtype"),
-    [(90, 128, 1, False, "bf16"), (90, 32, 2, True, "fp16"), (80, 64, 1, True, "bf16")],
-)
-def test_each_product_of_bytes_is_one_of_the_tensor_cores(tmp_path, capability, group_size, tokens, masked, dtype):
-    asked = map(str, (capability, group_size, tokens, masked, dtype))
+def test_each_product_of_bytes_is_one_of_the_tensor_cores(tmp_path):
+    script = COMPILE.replace("CASES", repr(CASES))
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    made = subprocess.run(
-        [sys.executable, "-c", COMPILE, *asked], env=environment, check=True, capture_output=True, text=True
-    ).stdout
-    # Two blocks of 16 outputs, 4 steps, 4 times 32 inputs.
-    assert len(re.findall(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32", made)) == 32
-    assert ("griddepcontrol" in made) == (capability >= 90)
-    ptx = tmp_path / "kernel.ptx"
-    ptx.write_text(made)
-    assembler = [
-        nvidia.ptxas.path,
-        f"-arch=sm_{capability}{'a' * (capability == 90)}",
-        "-v",
-        str(ptx),
-        "-o",
-        str(tmp_path / "kernel.cubin"),
-    ]
-    said = subprocess.run(assembler, check=True, capture_output=True, text=True)
-    assert " 0 bytes spill stores" in said.stderr
+    made = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+    *assembly, _ = made.stdout.split("END OF A CASE")
+    assert len(assembly) == len(CASES)
+    for (capability, *_), ptx in zip(CASES, assembly, strict=True):
+        # Two blocks of 16 outputs, 4 steps, 4 times 32 inputs.
+        assert len(re.findall(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32", ptx)) == 32
+        assert ("griddepcontrol" in ptx) == (capability >= 90)
+        path = tmp_path / "kernel.ptx"
+        path.write_text(ptx)
+        architecture = f"-arch=sm_{capability}{'a' * (capability == 90)}"
+        assembler = [nvidia.ptxas.path, architecture, "-v", str(path), "-o", str(tmp_path / "kernel.cubin")]
+        said = subprocess.run(assembler, check=True, capture_output=True, text=True)
+        assert " 0 bytes spill stores" in said.stderr
 
 
 def drawn(outputs, inputs, group_size, dtype):
