@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,14 +13,13 @@ from strategies import normal
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
+from kernel_cases import assembled, drawn
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.knobs import nvidia
 
 from gracekit.quant import _gluon_int4, _int4_choices, _int4_launch
 from gracekit.quant._int4_launch import Schedule
-from gracekit.quant._int4_layout import pack_codes, pack_scales
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -62,14 +60,11 @@ def compiled(tokens, rest, dealt, group_size, dtype):
 def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, tokens, rest, dealt, group_size, dtype):
     made = compiled(tokens, rest, dealt, group_size, dtype)
     assert made.metadata.shared <= 227 * 1024
-    ptx = tmp_path / "kernel.ptx"
-    ptx.write_text(made.asm["ptx"])
     # Where the assembler cannot prove that an operand is left alone, it makes every product wait, and says so.
-    assembler = [nvidia.ptxas.path, "-arch=sm_90a", "-v", str(ptx), "-o", str(tmp_path / "kernel.cubin")]
-    said = subprocess.run(assembler, check=True, capture_output=True, text=True)
-    assert "registers" in said.stderr
-    assert "serialized" not in said.stderr
-    assert " 0 bytes spill stores" in said.stderr
+    said = assembled(made.asm["ptx"], "sm_90a", tmp_path)
+    assert "registers" in said
+    assert "serialized" not in said
+    assert " 0 bytes spill stores" in said
 
 
 @given(st.integers(1, 3000), st.integers(1, 160), st.integers(1, 120))
@@ -138,14 +133,6 @@ def test_a_smaller_last_block_is_begun_by_some_of_the_programs(row_tiles, blocks
     assert none.programs == none.slabs == 0
 
 
-def drawn(outputs, inputs, group_size, dtype):
-    generator = torch.Generator().manual_seed(outputs + inputs)
-    codes = torch.randint(-8, 8, (outputs, inputs), generator=generator).to(torch.int8)
-    scale = (0.01 * torch.rand(outputs, inputs // group_size, generator=generator) + 1e-3).to(dtype)
-    packed = pack_codes(codes), pack_scales(scale.float(), group_size, inputs)
-    return tuple(tensor.cuda() for tensor in packed)
-
-
 def schedule(tokens, split):
     return Schedule(128, tokens, 0, split, 8, _gluon_int4.SLOTS[tokens], scaled=True, persistent=True)
 
@@ -172,7 +159,7 @@ class TestOnHopper:
     def test_every_schedule_multiplies_within_the_bound_and_the_same_again(
         self, outputs, inputs, group_size, dtype, rows
     ):
-        packed, scale = drawn(outputs, inputs, group_size, dtype)
+        _, packed, scale = drawn(outputs, inputs, group_size, dtype)
         values = _int4_launch.values(packed, scale, (outputs, inputs), dtype).double()
         counters = torch.zeros(1024, dtype=torch.int32, device="cuda")
         x = normal(rows, rows, inputs, dtype=dtype).cuda()
@@ -187,7 +174,7 @@ class TestOnHopper:
                 assert not counters.any()
 
     def test_a_row_has_the_same_product_in_whatever_block_it_is(self):
-        packed, scale = drawn(4096, 4096, 128, torch.bfloat16)
+        _, packed, scale = drawn(4096, 4096, 128, torch.bfloat16)
         x = normal(1, 608, 4096, dtype=torch.bfloat16).cuda()
         counters = torch.zeros(0, dtype=torch.int32, device="cuda")
         y = _int4_launch.linear(x, packed, scale, counters, 4096, schedule(256, 1))
@@ -196,7 +183,7 @@ class TestOnHopper:
 
     @pytest.mark.parametrize("shift", [0, 1, 3])
     def test_rows_that_the_copy_engine_cannot_read_are_copied(self, shift):
-        packed, scale = drawn(256, 384, 128, torch.bfloat16)
+        _, packed, scale = drawn(256, 384, 128, torch.bfloat16)
         counters = torch.zeros(0, dtype=torch.int32, device="cuda")
         wide = normal(2, 200, 390, dtype=torch.bfloat16).cuda()
         x = wide[:, shift : shift + 384]
@@ -206,7 +193,7 @@ class TestOnHopper:
     def test_a_way_that_computes_wrongly_is_not_chosen(self, monkeypatch, tmp_path, caplog):
         monkeypatch.setenv("GRACEKIT_CACHE", str(tmp_path))
         _int4_choices._table.cache_clear()
-        packed, scale = drawn(256, 384, 128, torch.bfloat16)
+        _, packed, scale = drawn(256, 384, 128, torch.bfloat16)
         linear = _int4_launch.linear
         monkeypatch.setattr(_int4_launch, "linear", lambda *arguments: 1.1 * linear(*arguments))
         x = normal(3, 128, 384, dtype=torch.bfloat16).cuda()

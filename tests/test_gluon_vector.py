@@ -17,12 +17,12 @@ from strategies import normal, seeds
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
-from triton.knobs import nvidia
+from kernel_cases import assembled, drawn
 
 from gracekit.quant import _gluon_vector, _int4_launch
 from gracekit.quant._int4_choices import _VECTOR
 from gracekit.quant._int4_launch import Schedule
-from gracekit.quant._int4_layout import pack_codes, pack_scales
+from gracekit.quant._int4_layout import pack_codes
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 groups = st.sampled_from([32, 64, 128])
@@ -128,21 +128,8 @@ def test_each_product_of_bytes_is_one_of_the_tensor_cores(tmp_path):
         # Two blocks of 16 outputs, 4 steps, 4 times 32 inputs.
         assert len(re.findall(r"mma\.sync\.aligned\.m16n8k32\S*\.s32\.s8\.s8\.s32", ptx)) == 32
         assert ("griddepcontrol" in ptx) == (capability >= 90)
-        path = tmp_path / "kernel.ptx"
-        path.write_text(ptx)
-        architecture = f"-arch=sm_{capability}{'a' * (capability == 90)}"
-        assembler = [nvidia.ptxas.path, architecture, "-v", str(path), "-o", str(tmp_path / "kernel.cubin")]
-        said = subprocess.run(assembler, check=True, capture_output=True, text=True)
-        assert " 0 bytes spill stores" in said.stderr
-
-
-def drawn(outputs, inputs, group_size, dtype):
-    generator = torch.Generator().manual_seed(outputs + inputs)
-    codes = torch.randint(-8, 8, (outputs, inputs), generator=generator).to(torch.int8)
-    scale = (0.01 * torch.rand(outputs, inputs // group_size, generator=generator) + 1e-3).to(dtype)
-    packed = pack_codes(codes), pack_scales(scale.float(), group_size, inputs)
-    weight = codes.double() * scale.double().repeat_interleave(group_size, dim=1)
-    return weight.cuda(), *(tensor.cuda() for tensor in packed)
+        said = assembled(ptx, f"sm_{capability}{'a' * (capability == 90)}", tmp_path)
+        assert " 0 bytes spill stores" in said
 
 
 def product(x, packed, scale, outputs, rows=32, parts=8, steps=2):

@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from gracekit.quant._int4_layout import CHUNK, TILE, WORDS
 from gracekit.quant._triton_int4 import BFLOAT16, CONSTRAINTS, FLOAT16
@@ -237,7 +238,7 @@ def _multiply(
     row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
     words, s0, s1, s2, s3 = _words(packed, scale, row, first, chunks, padded, G)
     # Launched while the kernel before it ends: waits for x, and for whoever still has the workspace.
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+    gdc_wait()
     # What is loaded runs ahead of what is multiplied: its part, its half chunk, and the one after its last.
     next_part = 0
     next_token = token

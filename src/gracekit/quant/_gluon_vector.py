@@ -28,6 +28,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gracekit.quant._int4_layout import CHUNK, TILE, WORDS
 
@@ -41,7 +42,7 @@ _COLUMNS = gl.constexpr(8)  # of a product of the tensor cores: three digits and
 _START = gl.constexpr(0x4B400000)
 _NOT_FINITE = gl.constexpr(0x7F800000)
 _NAN = gl.constexpr(0x7FC00000)
-_LEAST = gl.constexpr(32 << 23)  # a power of two whose reciprocal, and that times 2^21, are float32 numbers
+_LEAST = gl.constexpr(32 << 23)  # a power of two so large that it over 2^24, and 2^20 over it, are float32 numbers
 
 
 def _unpacking(group_size: int) -> str:
@@ -268,11 +269,11 @@ def vector_kernel(
             ),
         )  # fmt: skip
     if EARLY:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        gdc_wait()
 
-    DIGITS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [PARTS, 1], [1, 0])
-    chunk = gl.arange(0, PARTS, layout=gl.SliceLayout(1, DIGITS))[:, None]
-    place = gl.arange(0, 32, layout=gl.SliceLayout(0, DIGITS))[None, :]
+    READ: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [PARTS, 1], [1, 0])
+    chunk = gl.arange(0, PARTS, layout=gl.SliceLayout(1, READ))[:, None]
+    place = gl.arange(0, 32, layout=gl.SliceLayout(0, READ))[None, :]
     k = _first_input(place, G)
     NEXT: gl.constexpr = 2 if G == 32 else 32  # inputs on to the second pair
     x_at = x.to(gl.pointer_type(gl.int32)) + (chunk * (_CHUNK // 2) + k // 2)
@@ -298,7 +299,7 @@ def vector_kernel(
         digits[step].store(found)
     gl.thread_barrier()
     if EARLY:
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+        gdc_launch_dependents()
 
     total = gl.zeros([PARTS, ROWS, _COLUMNS], gl.float32, MMA)
     for step in gl.static_range(STEPS):

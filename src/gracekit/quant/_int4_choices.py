@@ -33,6 +33,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from gracekit.quant import _int4_launch as kernel
 from gracekit.quant._int4_launch import Schedule, gluon
 from gracekit.quant._int4_layout import TILE
+from gracekit.quant._triton_int4 import LEAST_TOKENS
 
 _FINE = 64
 _LARGEST = 1 << 13  # rows beyond are as many as these
@@ -147,7 +148,7 @@ def schedules(
 
     ``persistent``, ``vector``: whether these kernels can be had.
     """
-    tokens = max(8, min(triton.next_power_of_2(rows), 256))
+    tokens = max(LEAST_TOKENS, min(triton.next_power_of_2(rows), 256))
     found = [
         Schedule(tile, tokens, parts, split, warps, _STAGES, scaled=False)
         for tile, parts, warps in _NARROW.get(tokens, ())

@@ -17,8 +17,8 @@ from torch import Tensor
 from triton import AsyncCompileMode
 
 from gracekit.quant._int4_layout import CHUNK, TILE
-from gracekit.quant._triton_int4 import narrow_kernel, values_kernel, wide_kernel
-from gracekit.quant._triton_launch import launch, launches_early, processors
+from gracekit.quant._triton_int4 import LEAST_TOKENS, narrow_kernel, values_kernel, wide_kernel
+from gracekit.quant._triton_launch import early, launch, processors
 
 # The modules of ``persistent_kernel`` and ``vector_kernel``, where this Triton has what they are written in.
 gluon: Any = None
@@ -35,7 +35,6 @@ _ALIGNMENT = 16  # bytes; what the copy engine asks of the rows of a tensor
 _VALUES_ROWS = 32
 _BAND = 8
 _MOST_SHARES = 3
-_LEAST_TOKENS = 8  # of a product of halves
 
 
 class Schedule(NamedTuple):
@@ -65,7 +64,7 @@ class Schedule(NamedTuple):
     @property
     def is_vector(self) -> bool:
         """Whether it is ``vector_kernel`` that is launched."""
-        return self.tokens < _LEAST_TOKENS
+        return self.tokens < LEAST_TOKENS
 
     def tiles(self, padded: int, count: int) -> int:
         """Return how many tiles of y (count, padded) there are; for ``narrow_kernel`` in a block of rows of x."""
@@ -140,7 +139,6 @@ def _product(
     whole = schedule.whole(padded, len(x), processors(x.device))
     programs = whole + (schedule.tiles(padded, len(x)) - whole) * split
     slabs = schedule.places(padded, len(x), processors(x.device)) * split
-    early = launches_early(x.device)
     tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), counters]
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded, whole]
     options = {
@@ -152,11 +150,9 @@ def _product(
         "STAGES": stages,
         "MASKED": bool(x.shape[1] % CHUNK or chunks % shares or padded % rows),
         "ASSEMBLY": x.is_cuda,
-        "EARLY": early,
         "num_warps": warps,
+        **early(x.device),
     }
-    if early:
-        options["launch_pdl"] = True
     if parts:
         blocks = triton.cdiv(len(x), tokens)
         return narrow_kernel, (programs, blocks), tensors, sizes, options | {"PARTS": parts}
@@ -167,7 +163,7 @@ def _vector(
     x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched for ``vector_kernel``."""
-    (tiles, chunks), parts, early = packed.shape[:2], schedule.parts, launches_early(x.device)
+    (tiles, chunks), parts = packed.shape[:2], schedule.parts
     steps = triton.cdiv(chunks, parts)
     options = {
         "STEPS": steps,
@@ -177,11 +173,9 @@ def _vector(
         "PARTS": parts,
         "DEPTH": min(schedule.stages, steps),
         "MASKED": bool(x.shape[1] % (CHUNK * parts)),
-        "EARLY": early,
         "num_warps": parts,
+        **early(x.device),
     }
-    if early:
-        options["launch_pdl"] = True
     sizes = [y.shape[1], x.shape[1], x.stride(0), chunks, tiles * TILE]
     return vector.vector_kernel, (tiles * TILE // schedule.rows,), [x, packed, scale, y], sizes, options
 

@@ -9,20 +9,19 @@ together (flash decoding). The query heads that share a head of keys are the row
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from gracekit.quant._triton_launch import launch, launches_early, processors
+from gracekit.quant._triton_launch import early, launch, processors
 
 _BLOCK = 64
 _FILLING = 4  # programs per multiprocessor
 _LEAST_ROWS = 16  # of a tensor cores' product
 _FEW_WARPS, _MANY_WARPS = 1, 4
+_STAGES = 2
 _MASKED = tl.constexpr(-1e30)
 
 
@@ -116,7 +115,6 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
         values.stride(0),
         values.stride(1),
     ]
-    early = launches_early(query.device)
     options = {
         "HEADS": heads,
         "GROUP": count // heads,
@@ -125,7 +123,9 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
         "BLOCK": _BLOCK,
         "STEPS": steps,
         "SHARES": shares,
-        **_options(early, _FEW_WARPS if shares == 1 else _MANY_WARPS),
+        "num_warps": _FEW_WARPS if shares == 1 else _MANY_WARPS,
+        "num_stages": _STAGES,
+        **early(query.device),
     }
     tensors = [query, keys, values, mask, out, states]
     launch(shares_kernel, (batch * heads, shares), tensors, [*sizes, mask.stride(0), scale], options)
@@ -134,14 +134,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
             "D": width,
             "SHARES": shares,
             "PADDED": triton.next_power_of_2(shares),
-            **_options(early, _FEW_WARPS),
+            "num_warps": _FEW_WARPS,
+            "num_stages": _STAGES,
+            **early(query.device),
         }
         launch(together_kernel, (batch * count,), [states, out], [], options)
     return out
-
-
-def _options(early: bool, warps: int) -> dict[str, Any]:
-    return {"EARLY": early, "num_warps": warps, "num_stages": 2} | ({"launch_pdl": True} if early else {})
 
 
 def _shares(heads: int, places: int, processors: int) -> tuple[int, int]:

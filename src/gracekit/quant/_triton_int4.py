@@ -28,13 +28,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gracekit.quant._int4_layout import CHUNK, TILE, WORDS
 
+LEAST_TOKENS = 8  # rows of x in a program
+
 _TILE = tl.constexpr(TILE)
 _CHUNK = tl.constexpr(CHUNK)
 _WORDS = tl.constexpr(WORDS)
 _CODES_OF_ZERO = tl.constexpr(-0x77777778)  # eight times u = 8
-_FEWEST = tl.constexpr(
-    8
-)  # rows of x in a program; of more, the next kernel's programs would come to lie unevenly beside this one's
+_LEAST_TOKENS = tl.constexpr(LEAST_TOKENS)
 
 
 def _assembly(number: str, take_away: str) -> str:
@@ -192,7 +192,7 @@ def narrow_kernel(
     total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
-        if TOKENS == _FEWEST:
+        if TOKENS == _LEAST_TOKENS:  # of more, the next kernel's programs would come to lie unevenly beside these
             gdc_launch_dependents()
     # A mask costs a fifth of the instructions, so the last step alone has it.
     UNMASKED: tl.constexpr = STEPS - 1 if MASKED else STEPS
@@ -262,7 +262,7 @@ def wide_kernel(
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
-        if TOKENS == _FEWEST:
+        if TOKENS == _LEAST_TOKENS:  # of more, the next kernel's programs would come to lie unevenly beside these
             gdc_launch_dependents()
     for chunk in tl.range(begin, end, num_stages=STAGES):
         left = K - chunk * _CHUNK

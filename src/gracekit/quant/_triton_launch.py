@@ -61,9 +61,13 @@ def _prepared(
 
 
 @functools.cache
-def launches_early(device: torch.device) -> bool:
-    """Whether the device can begin a launch before the one in front has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def early(device: torch.device) -> dict[str, bool]:
+    """Return the options of a kernel that waits, where EARLY, for the one in front, and is launched before that has ended.
+
+    From Hopper on (programmatic dependent launch).
+    """
+    can = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
 
 
 @functools.cache
