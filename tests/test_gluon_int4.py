@@ -14,6 +14,7 @@ from strategies import normal
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 from kernel_cases import assembled, drawn
+from machine_code import disassembled, instructions, overwritten
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -24,18 +25,28 @@ from gracekit.quant._int4_launch import Schedule
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-def compiled(tokens, rest, dealt, group_size, dtype):
+def compiled(width, rest, dealt, group_size, dtype):
+    (tokens, more), (first, second) = _gluon_int4.BLOCKS[width], _gluon_int4.BLOCKS.get(rest, (0, 0))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    widths = [tokens, *filter(None, (more, first, second)), tokens, tokens]
     kinds = {
-        name: f"tensordesc<{dtype}[{rows}, {width}],{layout!r}>"
-        for rows, end in ((tokens, ""), (rest or tokens, "_rest"))
-        for name, width in (("x" + end, 64), ("y" + end, 128))
+        name + end: f"tensordesc<{dtype}[{rows}, 64],{layout!r}>"
+        for rows, end in zip(widths, ("", "_other", "_third"), strict=False)
+        for name in ("x", "y")
     }
     kinds |= {"packed": "*i32", "scale": "*fp32", "partial": "*fp32", "counters": "*i32"}
     kinds |= dict.fromkeys(["M", "chunks", "padded", "programs", "helpers", "each", "shares", "head"], "i32")
     kinds |= dict.fromkeys(["rest_helpers", "rest_each", "rest_shares", "rest_head"], "i32")
-    constants = {"G": group_size, "DEALT": dealt, "BAND": 8, "TOKENS": tokens, "REST": rest}
-    constants |= {"SLOTS": _gluon_int4.SLOTS[tokens], "REST_SLOTS": _gluon_int4.SLOTS[rest or tokens]}
+    constants = {
+        "G": group_size,
+        "DEALT": dealt,
+        "BAND": 8,
+        "TOKENS": tokens,
+        "MORE": more,
+        "REST": first,
+        "REST_MORE": second,
+    }
+    constants |= {"SLOTS": _gluon_int4.SLOTS[width], "REST_SLOTS": _gluon_int4.SLOTS[rest or width]}
     kernel = _gluon_int4.persistent_kernel
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
@@ -48,23 +59,53 @@ def compiled(tokens, rest, dealt, group_size, dtype):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rest", "dealt", "group_size", "dtype"),
+    ("width", "rest", "dealt", "group_size", "dtype"),
     [
         (256, 0, False, 128, "bf16"),
-        (256, 0, True, 128, "bf16"),
-        (256, 128, True, 128, "bf16"),
-        (128, 0, True, 64, "bf16"),
+        (256, 64, True, 128, "bf16"),
         (256, 128, True, 32, "fp16"),
+        (256, 192, True, 128, "bf16"),
+        (192, 0, False, 64, "bf16"),
+        (192, 0, True, 32, "fp16"),
+        (128, 0, False, 128, "fp16"),
+        (128, 0, True, 128, "bf16"),
     ],
 )
-def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, tokens, rest, dealt, group_size, dtype):
-    made = compiled(tokens, rest, dealt, group_size, dtype)
+def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, width, rest, dealt, group_size, dtype):
+    made = compiled(width, rest, dealt, group_size, dtype)
     assert made.metadata.shared <= 227 * 1024
     # Where the assembler cannot prove that an operand is left alone, it makes every product wait, and says so.
     said = assembled(made.asm["ptx"], "sm_90a", tmp_path)
     assert "registers" in said
     assert "serialized" not in said
     assert " 0 bytes spill stores" in said
+    # Nor are they waited for less.
+    kernel = instructions(disassembled(made.asm["cubin"], tmp_path))
+    pieces = sum(bool(rows) for rows in _gluon_int4.BLOCKS[width] + _gluon_int4.BLOCKS.get(rest, ()))
+    assert sum("HGMMA" in instruction.text for instruction in kernel) == 16 * pieces  # both groups, eight of a chunk
+    assert not overwritten(kernel)
+
+
+def machine_code(*lines):
+    return "\n".join(f"        /*{16 * i:04x}*/  {line} ;  /* 0x0 */" for i, line in enumerate(lines))
+
+
+def test_what_is_written_while_the_tensor_cores_read_it_is_found():
+    first = "HGMMA.64x128x16.F32.BF16 R24, R100, gdesc[UR4], R24"
+    last = "HGMMA.64x128x16.F32.BF16 R24, R104, gdesc[UR4], R24, gsb0"
+    other = "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR4], R24, gsb0"
+    writes = ["IMAD.MOV.U32 R103, RZ, RZ, 0x1", "LDG.E.64 R102, desc[UR16][R6.64]", "@P1 IADD3 R105, P5, R2, R3, RZ"]
+    for written in writes:
+        assert overwritten(instructions(machine_code(first, last, written)))
+        assert overwritten(instructions(machine_code(first, last, "WARPGROUP.DEPBAR.LE gsb0, 0x1", written)))
+        assert not overwritten(instructions(machine_code(first, last, "WARPGROUP.DEPBAR.LE gsb0, 0x0", written)))
+        assert not overwritten(instructions(machine_code(first, last, other, "WARPGROUP.DEPBAR.LE gsb0, 0x1", written)))
+        # Around a loop, where the write comes before the products.
+        assert overwritten(instructions(machine_code(written, first, last, "@P0 BRA 0x0", "EXIT")))
+        around = [written, first, last, "WARPGROUP.DEPBAR.LE gsb0, 0x0", "@P0 BRA 0x0", "EXIT"]
+        assert not overwritten(instructions(machine_code(*around)))
+    assert not overwritten(instructions(machine_code(first, last, "STG.E desc[UR4][R2.64], R101", "IADD3 R99, R1, R2")))
+    assert not overwritten(instructions(machine_code(first, last, "BRA 0x40", "MOV R100, RZ", "EXIT")))
 
 
 @given(st.integers(1, 3000), st.integers(1, 160), st.integers(1, 120))
@@ -112,7 +153,8 @@ def test_every_chunk_of_every_tile_has_one_program(tiles, processors, chunks, de
                     left[share] = tile, first, program
                 elif after < chunks:
                     # It adds the shares of its number among the tiles dealt out, of programs that have begun before it.
-                    number = tile - tiles // deal.programs * deal.programs
+                    number = program - deal.helpers
+                    assert number == tile - tiles // deal.programs * deal.programs
                     shares = [left[number * deal.shares + share] for share in range(deal.shares)]
                     assert [found[0] for found in shares] == [tile] * deal.shares
                     assert [found[1] for found in shares] == sorted(found[1] for found in shares)
@@ -124,17 +166,36 @@ def test_every_chunk_of_every_tile_has_one_program(tiles, processors, chunks, de
 
 @given(st.integers(1, 100), st.integers(1, 8), st.integers(1, 120), st.integers(2, 160))
 def test_a_smaller_last_block_is_begun_by_some_of_the_programs(row_tiles, blocks, chunks, programs):
-    wide, rest = _int4_launch._deals(row_tiles * blocks, row_tiles, chunks, programs, True)
+    wide, rest = _int4_launch._deals(row_tiles * blocks, row_tiles, chunks, programs, True, 64)
     assert wide.programs >= 1
     assert rest.programs >= 1
     assert wide.programs + rest.programs <= programs
-    alone, none = _int4_launch._deals(row_tiles * blocks, 0, chunks, programs, True)
+    alone, none = _int4_launch._deals(row_tiles * blocks, 0, chunks, programs, True, 0)
     assert alone.time <= wide.time
     assert none.programs == none.slabs == 0
 
 
+@pytest.mark.parametrize(
+    ("count", "tokens", "rest"),
+    [
+        *(
+            (256, 256, 0),
+            (257, 256, 64),
+            (320, 256, 64),
+            (321, 256, 128),
+            (608, 256, 128),
+            (641, 256, 192),
+            (705, 256, 0),
+        ),
+        *((300, 192, 0), (200, 128, 0), (64, 256, 0), (100, 256, 0)),
+    ],
+)
+def test_the_rows_behind_full_blocks_are_taken_in_the_smallest_block_that_holds_them(count, tokens, rest):
+    assert _int4_launch._rest(count, tokens) == rest
+
+
 def schedule(tokens, split):
-    return Schedule(128, tokens, 0, split, 8, _gluon_int4.SLOTS[tokens], scaled=True, persistent=True)
+    return Schedule(128, tokens, 0, split, _gluon_int4.WARPS, _gluon_int4.SLOTS[tokens], scaled=True, persistent=True)
 
 
 @pytest.mark.gpu
@@ -142,7 +203,7 @@ def schedule(tokens, split):
 class TestOnHopper:
     """What the kernel computes."""
 
-    @pytest.mark.parametrize("rows", [1, 7, 96, 128, 130, 256, 300, 608, 1000, 1100])
+    @pytest.mark.parametrize("rows", [1, 7, 96, 128, 130, 192, 256, 300, 400, 430, 608, 1100])
     @pytest.mark.parametrize(
         ("outputs", "inputs", "group_size", "dtype"),
         [
@@ -164,7 +225,7 @@ class TestOnHopper:
         counters = torch.zeros(1024, dtype=torch.int32, device="cuda")
         x = normal(rows, rows, inputs, dtype=dtype).cuda()
         exact, sizes = x.double() @ values.t(), x.double().abs() @ values.abs().t()
-        for tokens in (128, 256):
+        for tokens in (128, 192, 256):
             for split in (1, 2):
                 way = schedule(tokens, split)
                 y = _int4_launch.linear(x, packed, scale, counters, outputs, way)
@@ -177,9 +238,11 @@ class TestOnHopper:
         _, packed, scale = drawn(4096, 4096, 128, torch.bfloat16)
         x = normal(1, 608, 4096, dtype=torch.bfloat16).cuda()
         counters = torch.zeros(0, dtype=torch.int32, device="cuda")
-        y = _int4_launch.linear(x, packed, scale, counters, 4096, schedule(256, 1))
-        for rows in (slice(0, 256), slice(300, 512), slice(352, 608)):
-            assert torch.equal(_int4_launch.linear(x[rows], packed, scale, counters, 4096, schedule(256, 1)), y[rows])
+        for tokens in (192, 256):
+            way = schedule(tokens, 1)
+            y = _int4_launch.linear(x, packed, scale, counters, 4096, way)
+            for rows in (slice(0, 256), slice(300, 512), slice(352, 608)):
+                assert torch.equal(_int4_launch.linear(x[rows], packed, scale, counters, 4096, way), y[rows])
 
     @pytest.mark.parametrize("shift", [0, 1, 3])
     def test_rows_that_the_copy_engine_cannot_read_are_copied(self, shift):

@@ -1,13 +1,19 @@
 """y = x W^T for many rows of x and packed 4-bit weights on Hopper, in Gluon: Triton with layouts and waiting written out.
 
 The mathematics is that of ``wide_kernel`` in :mod:`gracekit.quant._triton_int4`: the weight is the left operand of the tensor
-cores' product, y^T = W x^T, and is unpacked in registers. What Triton's compiler does not do for such a product is done here. While
-the tensor cores multiply one half of a chunk, the next is unpacked; x arrives by the copy engine in a ring of half chunks, across
-the end of a tile too; and y leaves by it while the next tile is computed. There is one program to a multiprocessor.
+cores' product, y^T = W x^T, and is unpacked in registers. What Triton's compiler does not do for such a product is done here. A
+program, of which there is one to a multiprocessor, is two groups of four warps, with 64 of a tile's output rows each. A group
+unpacks the next half of a chunk while the tensor cores multiply one, and waits for the other group only where that is late by more
+than the ring holds: while one group unpacks, the tensor cores have the other's product. x arrives by the copy engine in a ring of
+half chunks, across the end of a tile too, of which each group loads every other one; and y leaves by it while the next tile is
+computed.
+
+Blocks have 128, 192 or 256 rows of x. Those of 192 are multiplied as 64 and 128, as tensors have a power of two of rows: the fewer
+first, because the tensor cores take only a few products ahead, and a group is free to unpack when its last one is taken.
 
 The tiles of a last round that has fewer of them than programs are dealt out: a tile's own program begins it, and the others help
 with the chunks at its end, each with as many as it can leave in the workspace by the time that the first is done with its own.
-Where the last rows of x fill half a block, some of the programs take these rows in smaller tiles from the beginning.
+Where the last rows of x fill half a block or less, some of the programs take these rows in smaller tiles from the beginning.
 
 Where no tile is dealt out, the last block of rows of x begins so early that it is whole, and computes rows of the block before once
 more, to the same bits: rows that are not there are slow to fill with zeros.
@@ -34,36 +40,40 @@ from gracekit.quant._int4_layout import CHUNK, TILE, WORDS
 from gracekit.quant._triton_int4 import BFLOAT16, CONSTRAINTS, FLOAT16
 
 ROWS = 128
-WARPS = 8
+WARPS = 4  # of each of the two groups
 HALF = CHUNK // 2
-SLOTS = {128: 8, 256: 5}  # of the ring, by the rows of x of a tile: what the shared memory holds, and enough
+BLOCKS = {64: (64, 0), 128: (128, 0), 192: (64, 128), 256: (256, 0)}  # rows of x of a tile, as they are multiplied
+# By the rows of x of a tile: slots of the ring, what the shared memory holds, and enough.
+SLOTS = {64: 8, 128: 8, 192: 7, 256: 5}
 LEAVING = 2  # chunks that could be multiplied while sums are left for another program, or added
-REST_COST = 0.64  # time of a tile of 128 rows of x in that of one of 256
+REST_COST = {64: 0.48, 128: 0.65, 192: 0.84}  # time of a tile of so many rows of x in that of one of 256
+REGISTERS = 248  # of a thread of the second group; the first has what is left
 
 _ROWS = gl.constexpr(ROWS)
 _WARPS = gl.constexpr(WARPS)
 _TILE = gl.constexpr(TILE)
 _CHUNK = gl.constexpr(CHUNK)
 _HALF = gl.constexpr(HALF)
+_REGISTERS = gl.constexpr(REGISTERS)
 _WORDS = gl.constexpr(WORDS)
 _BFLOAT16 = gl.constexpr(BFLOAT16.value)
 _FLOAT16 = gl.constexpr(FLOAT16.value)
 _CONSTRAINTS = gl.constexpr(CONSTRAINTS.value)
-# Where the words of a chunk (ROWS, 16) lie: a thread has those that it needs as the tensor cores' left operand.
+# Where the words (64, 16) of a chunk lie: a thread has those that it needs as the tensor cores' left operand.
 _PACKED = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [8, 0], [0, 8]],
         lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0], [64, 0]],
+        warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
-        shape=[ROWS, WORDS],
+        shape=[TILE, WORDS],
     )
 )
 
 
 @gluon.jit
 def _codes(words, dtype: gl.constexpr):
-    """Eight planes of codes (ROWS, 16) of a chunk."""
+    """Eight planes of codes (64, 16) of a chunk."""
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(_BFLOAT16, _CONSTRAINTS, [words], (gl.bfloat16,) * 8, is_pure=True, pack=2)
     else:
@@ -75,7 +85,7 @@ def _half(c0, c1, c2, c3, s, t, LAYOUT: gl.constexpr):
     """q * s of four planes, rounded once, as (ROWS, 64); ``s`` is the first two planes' scale, ``t`` the others'."""
     even = gl.join(c0 * s, c2 * t)
     odd = gl.join(c1 * s, c3 * t)
-    q = gl.reshape(gl.permute(gl.join(even, odd), (0, 2, 3, 1)), (_ROWS, _HALF))
+    q = gl.reshape(gl.permute(gl.join(even, odd), (0, 2, 3, 1)), (_TILE, _HALF))
     return gl.convert_layout(q, LAYOUT, assert_trivial=True)
 
 
@@ -113,54 +123,67 @@ def _part(part, parts, program, programs, tiles, chunks, deal, DEALT: gl.constex
 
 
 @gluon.jit
-def _place(tile, start, row_tiles, blocks, M, DEALT: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr):
+def _place(tile, start, row_tiles, blocks, M, DEALT: gl.constexpr, BAND: gl.constexpr, WIDTH: gl.constexpr):
     """The first output row of a tile and its first row of x, where the first tile's is ``start``."""
     first = tile // (BAND * row_tiles) * BAND
     size = gl.minimum(blocks - first, BAND)
     inside = tile % (BAND * row_tiles)
-    token = start + (first + inside % size) * TOKENS
+    token = start + (first + inside % size) * WIDTH
     if not DEALT:  # sums in shares are rounded otherwise than whole ones: two programs would write different bits
-        token = gl.minimum(token, gl.maximum(M - TOKENS, 0))
+        token = gl.minimum(token, gl.maximum(M - WIDTH, 0))
     return inside // size * _ROWS, token
 
 
 @gluon.jit
-def _load(x, token, half, slot, ring, full, on, TOKENS: gl.constexpr):
-    """Begin to fill a slot of the ring with x (TOKENS, 64)."""
-    mbarrier.expect(full.index(slot), TOKENS * _HALF * 2, pred=on)
-    tma.async_copy_global_to_shared(x, [token, half * _HALF], full.index(slot), ring.index(slot), pred=on)
+def _locate(part, parts, work, DEALT: gl.constexpr, BAND: gl.constexpr, WIDTH: gl.constexpr):
+    """One of a program's parts: its first output row, first row of x, first chunk, and the chunk after its last."""
+    program, programs, start, blocks, M, chunks, padded, deal = work
+    row_tiles = (padded + _ROWS - 1) // _ROWS
+    tile, first, after = _part(part, parts, program, programs, row_tiles * blocks, chunks, deal, DEALT)
+    row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, WIDTH)
+    return row, token, first, after
 
 
 @gluon.jit
-def _next_slot(slot, phase, SLOTS: gl.constexpr):
-    """The slot of the ring after one, and the phase in which it is full."""
-    slot += 1
-    if slot == SLOTS:
-        slot = 0
+def _next_slot(slot, phase, STEP: gl.constexpr, SLOTS: gl.constexpr):
+    """The slot of the ring STEP after one, and the phase in which it is filled."""
+    slot += STEP
+    if slot >= SLOTS:
+        slot -= SLOTS
         phase = phase ^ 1
     return slot, phase
 
 
 @gluon.jit
-def _next_half(
-    part, token, half, end, parts, program, programs, deal, start, chunks, row_tiles, blocks, M,
-    DEALT: gl.constexpr, BAND: gl.constexpr, TOKENS: gl.constexpr,
+def _load(
+    x, ring, ahead, parts, work, GROUP: gl.constexpr, TOKENS: gl.constexpr, MORE: gl.constexpr, SLOTS: gl.constexpr,
+    DEALT: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
-    """The half chunk of x that is loaded after one: its part, first row, number, and the one after the part's last."""
-    half += 1
-    if half == end:
+    """Begin to load a group's half of a chunk of x once both groups are done with its slot; returns what it loads next.
+
+    ``ahead``: the part of this chunk, its first row of x, the chunk, the one after the part's last, the slot and its phase.
+    """
+    slots, full, empty = ring
+    part, token, chunk, after, slot, phase = ahead
+    on = part < parts
+    k = chunk * _CHUNK + GROUP * _HALF
+    mbarrier.wait(empty.index(slot), phase, pred=on)
+    mbarrier.expect(full.index(slot), (TOKENS + MORE) * _HALF * 2, pred=on)
+    tma.async_copy_global_to_shared(x[0], [token, k], full.index(slot), slots[0].index(slot), pred=on)
+    if MORE > 0:
+        tma.async_copy_global_to_shared(x[1], [token + TOKENS, k], full.index(slot), slots[1].index(slot), pred=on)
+    slot, phase = _next_slot(slot, phase, 2, SLOTS)
+    chunk += 1
+    if chunk == after:
         part += 1
-        tile, first, after = _part(part, parts, program, programs, row_tiles * blocks, chunks, deal, DEALT)
-        _row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
-        half = 2 * first
-        end = 2 * after
-    return part, token, half, end
+        _row, token, chunk, after = _locate(part, parts, work, DEALT, BAND, TOKENS + MORE)
+    return part, token, chunk, after, slot, phase
 
 
 @gluon.jit
 def _words(packed, scale, row, chunk, chunks, padded, G: gl.constexpr):
-    """The words (ROWS, 16) of a chunk from an output row on, and the scales of its up to four groups."""
-    r = gl.minimum(row + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, _PACKED)), padded - 1)
+    """The words (64, 16) of a chunk from an output row on, and the scales of its up to four groups."""
+    r = gl.minimum(row + gl.arange(0, _TILE, layout=gl.SliceLayout(1, _PACKED)), padded - 1)
     place = (r // _TILE).to(gl.int64) * (chunks * _TILE) + chunk * _TILE + r % _TILE
     words = gl.load(packed + place[:, None] * _WORDS + gl.arange(0, _WORDS, layout=gl.SliceLayout(0, _PACKED))[None, :])
     at = scale + chunk * (_CHUNK // G) * padded + r
@@ -184,148 +207,193 @@ def _words(packed, scale, row, chunk, chunks, padded, G: gl.constexpr):
     ]
 )
 def persistent_kernel(
-    packed, scale, partial, counters, x, y, x_rest, y_rest, M, chunks, padded,
+    packed, scale, partial, counters, x, y, x_other, y_other, x_third, y_third, M, chunks, padded,
     programs, helpers, each, shares, head, rest_helpers, rest_each, rest_shares, rest_head,
-    G: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, REST: gl.constexpr, REST_SLOTS: gl.constexpr,
-    DEALT: gl.constexpr, BAND: gl.constexpr,
+    G: gl.constexpr, TOKENS: gl.constexpr, MORE: gl.constexpr, SLOTS: gl.constexpr,
+    REST: gl.constexpr, REST_MORE: gl.constexpr, REST_SLOTS: gl.constexpr, DEALT: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of TOKENS rows of x, tile after tile, by the first ``programs``; the others take the last REST rows, if any.
+    """ROWS outputs of TOKENS + MORE rows of x, tile after tile, by the first ``programs``; the others take the last rows of x.
 
-    ``x``, ``y``, ``x_rest`` and ``y_rest`` are tensor descriptors, with blocks (TOKENS or REST, 64 or ROWS).
+    Those are REST + REST_MORE, if any. ``x`` and ``y`` are tensor descriptors, with blocks (TOKENS, 64); the others' blocks have
+    MORE, REST and REST_MORE rows, in this order, those that are not 0: two at most.
     ``helpers`` to ``head``, and those of the rest, say how tiles are dealt out: ``_Deal`` of gracekit.quant._int4_launch.
-    ``partial`` has a place of (ROWS, TOKENS or REST) for each share, ``counters`` a zero, which is set back.
+    ``partial`` has two places of (64, rows of x of a tile) for each share, ``counters`` two zeros, which are set back.
     SLOTS, REST_SLOTS: of the ring, at least four.
     """
+    WIDTH: gl.constexpr = TOKENS + MORE
     program = gl.program_id(0)
     deal = (helpers, each, shares, head)
-    blocks = M // TOKENS if REST > 0 else (M + TOKENS - 1) // TOKENS
+    blocks = M // WIDTH if REST > 0 else (M + WIDTH - 1) // WIDTH
     slabs = (padded + _ROWS - 1) // _ROWS * blocks % programs * shares
+    xs = (x, x_other) if MORE > 0 else (x,)
+    ys = (y, y_other) if MORE > 0 else (y,)
     if REST == 0 or program < programs:
-        _multiply(
-            packed, scale, partial, counters, x, y, program, programs, 0, blocks, M, chunks, padded, deal,
-            G, TOKENS, SLOTS, DEALT, BAND,
-        )  # fmt: skip
+        work = (program, programs, 0, blocks, M, chunks, padded, deal)
+        _multiply(packed, scale, partial, counters, xs, ys, work, G, TOKENS, MORE, SLOTS, DEALT, BAND)
     else:
+        rest = (rest_helpers, rest_each, rest_shares, rest_head)
+        xs_of_rest = (x_other, x_third) if REST_MORE > 0 else (x_other,)
+        ys_of_rest = (y_other, y_third) if REST_MORE > 0 else (y_other,)
+        work_of_rest = (program - programs, gl.num_programs(0) - programs, blocks * WIDTH, 1, M, chunks, padded, rest)
         _multiply(
-            packed, scale, partial + slabs.to(gl.int64) * (_ROWS * TOKENS), counters + slabs, x_rest, y_rest,
-            program - programs, gl.num_programs(0) - programs, blocks * TOKENS, 1, M, chunks, padded,
-            (rest_helpers, rest_each, rest_shares, rest_head),
-            G, REST, REST_SLOTS, DEALT, BAND,
+            packed, scale, partial + slabs.to(gl.int64) * (_ROWS * WIDTH), counters + 2 * slabs, xs_of_rest, ys_of_rest,
+            work_of_rest, G, REST, REST_MORE, REST_SLOTS, DEALT, BAND,
         )  # fmt: skip
 
 
 @gluon.jit
 def _multiply(
-    packed, scale, partial, counters, x, y, program, programs, start, blocks, M, chunks, padded, deal,
-    G: gl.constexpr, TOKENS: gl.constexpr, SLOTS: gl.constexpr, DEALT: gl.constexpr, BAND: gl.constexpr,
+    packed, scale, partial, counters, x, y, work,
+    G: gl.constexpr, TOKENS: gl.constexpr, MORE: gl.constexpr, SLOTS: gl.constexpr, DEALT: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
-    """What one of ``programs`` computes of ``blocks`` blocks of rows of x from ``start`` on."""
-    dtype: gl.constexpr = x.dtype
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, TOKENS, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    row_tiles = (padded + _ROWS - 1) // _ROWS
-    tiles = row_tiles * blocks
-    ring = gl.allocate_shared_memory(dtype, [SLOTS, TOKENS, _HALF], x.layout)
-    leaving = gl.allocate_shared_memory(dtype, [TOKENS, _ROWS], y.layout)
+    """What a program computes, by two groups of warps.
+
+    ``work``: which one it is, of how many; the first row of x and the number of blocks of them; M, chunks, padded; and the deal.
+    """
+    dtype: gl.constexpr = x[0].dtype
+    slots = (gl.allocate_shared_memory(dtype, [SLOTS, TOKENS, _HALF], x[0].layout),)
+    leaving = (gl.allocate_shared_memory(dtype, [2, TOKENS, _TILE], y[0].layout),)
+    if MORE > 0:
+        slots = slots + (gl.allocate_shared_memory(dtype, [SLOTS, MORE, _HALF], x[1].layout),)
+        leaving = leaving + (gl.allocate_shared_memory(dtype, [2, MORE, _TILE], y[1].layout),)
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     gl.thread_barrier()
+    ring = (slots, full, empty)
+    gl.warp_specialize(
+        [
+            (_multiply_rows, (packed, scale, partial, counters, x, y, ring, leaving, work, 0, G, TOKENS, MORE, SLOTS, DEALT, BAND)),
+            (_multiply_rows, (packed, scale, partial, counters, x, y, ring, leaving, work, 1, G, TOKENS, MORE, SLOTS, DEALT, BAND)),
+        ],
+        [_WARPS],
+        [_REGISTERS],
+    )  # fmt: skip
 
+
+@gluon.jit
+def _multiply_half(total, left, before, ring, slot, phase):
+    """Begin to add the product of a half chunk once its x is there, and wait until the left operand of the one before is free."""
+    slots, full, _empty = ring
+    mbarrier.wait(full.index(slot), phase)
+    begun = ()
+    for piece in gl.static_range(len(slots)):
+        begun = begun + (warpgroup_mma(left, slots[piece].index(slot).permute((1, 0)), total[piece], is_async=True),)
+    held = warpgroup_mma_wait(len(slots), deps=begun + (before,))
+    return held[: len(slots)], held[len(slots)]
+
+
+@gluon.jit
+def _multiply_rows(
+    packed, scale, partial, counters, x, y, ring, leaving, work,
+    GROUP: gl.constexpr, G: gl.constexpr, TOKENS: gl.constexpr, MORE: gl.constexpr, SLOTS: gl.constexpr,
+    DEALT: gl.constexpr, BAND: gl.constexpr,
+):  # fmt: skip
+    """The first or second 64 output rows of a program's tiles."""
+    dtype: gl.constexpr = x[0].dtype
+    WIDTH: gl.constexpr = TOKENS + MORE
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, TOKENS, 16])
+    MMA_MORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [_WARPS, 1], [16, MORE, 16])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    program, programs, _start, blocks, _M, chunks, padded, deal = work
+    helpers, each, shares, _head = deal
+    _slots, _full, empty = ring
+    tiles = (padded + _ROWS - 1) // _ROWS * blocks
     parts = _parts(program, programs, tiles, deal, DEALT)
-    tile, first, after = _part(0, parts, program, programs, tiles, chunks, deal, DEALT)
-    row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
-    words, s0, s1, s2, s3 = _words(packed, scale, row, first, chunks, padded, G)
+    row, token, first, after = _locate(0, parts, work, DEALT, BAND, WIDTH)
+    words, s0, s1, s2, s3 = _words(packed, scale, row + GROUP * _TILE, first, chunks, padded, G)
     # Launched while the kernel before it ends: waits for x, and for whoever still has the workspace.
     gdc_wait()
-    # What is loaded runs ahead of what is multiplied: its part, its half chunk, and the one after its last.
-    next_part = 0
-    next_token = token
-    next_half = 2 * first
-    next_end = 2 * after
-    for slot in gl.static_range(SLOTS - 2):
-        _load(x, next_token, next_half, slot, ring, full, next_part < parts, TOKENS)
-        next_part, next_token, next_half, next_end = _next_half(
-            next_part, next_token, next_half, next_end, parts, program, programs, deal, start, chunks, row_tiles, blocks, M,
-            DEALT, BAND, TOKENS,
-        )  # fmt: skip
-    filled = SLOTS - 2
+    # What is loaded runs ahead of what is multiplied, whose slots are two behind: that long a group may be late.
+    ahead = (0, token, first, after, GROUP, 1)
+    for _chunk in gl.static_range((SLOTS - 2) // 2):
+        ahead = _load(x, ring, ahead, parts, work, GROUP, TOKENS, MORE, SLOTS, DEALT, BAND)
     slot = 0
     phase = 0
+    done = 0
     for part in range(parts):
-        total = gl.zeros([_ROWS, TOKENS], gl.float32, MMA)
-        right = gl.zeros([_ROWS, _HALF], dtype, LEFT)
+        total = (gl.zeros([_TILE, TOKENS], gl.float32, MMA),)
+        if MORE > 0:
+            total = total + (gl.zeros([_TILE, MORE], gl.float32, MMA_MORE),)
+        right = gl.zeros([_TILE, _HALF], dtype, LEFT)
         for chunk in range(first, after):
             c0, c1, c2, c3, c4, c5, c6, c7 = _codes(words, dtype)
             left = _half(c0, c1, c2, c3, s0.to(dtype)[:, None], s1.to(dtype)[:, None], LEFT)
             t2, t3 = s2.to(dtype)[:, None], s3.to(dtype)[:, None]
-            words, s0, s1, s2, s3 = _words(packed, scale, row, gl.minimum(chunk + 1, after - 1), chunks, padded, G)
-            mbarrier.wait(full.index(slot), phase)
-            total = warpgroup_mma(left, ring.index(slot).permute((1, 0)), total, is_async=True)
-            total, right = warpgroup_mma_wait(1, deps=(total, right))
-            slot, phase = _next_slot(slot, phase, SLOTS)
-            gl.thread_barrier()  # all warps are done with the chunk before
-            for _half_chunk in gl.static_range(2):
-                _load(x, next_token, next_half, filled, ring, full, next_part < parts, TOKENS)
-                filled = gl.where(filled == SLOTS - 1, 0, filled + 1)
-                next_part, next_token, next_half, next_end = _next_half(
-                    next_part, next_token, next_half, next_end, parts, program, programs, deal, start, chunks, row_tiles, blocks, M,
-                    DEALT, BAND, TOKENS,
-                )  # fmt: skip
+            words, s0, s1, s2, s3 = _words(
+                packed, scale, row + GROUP * _TILE, gl.minimum(chunk + 1, after - 1), chunks, padded, G
+            )
+            total, right = _multiply_half(total, left, right, ring, slot, phase)
+            mbarrier.arrive(empty.index(done), count=1, pred=chunk > first)
+            if GROUP == 0:
+                ahead = _load(x, ring, ahead, parts, work, GROUP, TOKENS, MORE, SLOTS, DEALT, BAND)
+            done = slot
+            slot, phase = _next_slot(slot, phase, 1, SLOTS)
             right = _half(c4, c5, c6, c7, t2, t3, LEFT)
-            mbarrier.wait(full.index(slot), phase)
-            total = warpgroup_mma(right, ring.index(slot).permute((1, 0)), total, is_async=True)
-            total, left = warpgroup_mma_wait(1, deps=(total, left))
-            slot, phase = _next_slot(slot, phase, SLOTS)
-        total, right = warpgroup_mma_wait(0, deps=(total, right))
+            total, left = _multiply_half(total, right, left, ring, slot, phase)
+            mbarrier.arrive(empty.index(done), count=1)
+            if GROUP == 1:
+                ahead = _load(x, ring, ahead, parts, work, GROUP, TOKENS, MORE, SLOTS, DEALT, BAND)
+            done = slot
+            slot, phase = _next_slot(slot, phase, 1, SLOTS)
+        held = warpgroup_mma_wait(0, deps=total + (right,))
+        total = held[: len(y)]
+        mbarrier.arrive(empty.index(done), count=1)
 
-        was_row, was_token, was_tile, was_first, was_after = row, token, tile, first, after
-        tile, first, after = _part(part + 1, parts, program, programs, tiles, chunks, deal, DEALT)
-        row, token = _place(tile, start, row_tiles, blocks, M, DEALT, BAND, TOKENS)
-        words, s0, s1, s2, s3 = _words(packed, scale, row, first, chunks, padded, G)
+        was_row, was_token, was_first, was_after = row, token, first, after
+        row, token, first, after = _locate(part + 1, parts, work, DEALT, BAND, WIDTH)
+        words, s0, s1, s2, s3 = _words(packed, scale, row + GROUP * _TILE, first, chunks, padded, G)
         if DEALT and was_first > 0:
-            share = program * deal[1] + part - tiles // programs
-            _leave_share(total, share, partial, counters, TOKENS, MMA)
+            _leave_share(total, 2 * (program * each + part - tiles // programs) + GROUP, partial, counters)
         else:
             if DEALT and was_after < chunks:
-                total = _add_shares(
-                    total, was_tile - tiles // programs * programs, deal[2], partial, counters, TOKENS, MMA
-                )
+                for share in range((program - helpers) * shares, (program - helpers + 1) * shares):
+                    total = _add_share(total, 2 * share + GROUP, partial, counters)
             tma.store_wait(0)
             gl.thread_barrier()
-            leaving.permute((1, 0)).store(total.to(dtype))
+            for piece in gl.static_range(len(y)):
+                leaving[piece].index(GROUP).permute((1, 0)).store(total[piece].to(dtype))
             fence_async_shared()
             gl.thread_barrier()
-            tma.async_copy_shared_to_global(y, [was_token, was_row], leaving)
+            for piece in gl.static_range(len(y)):
+                at = [was_token + piece * TOKENS, was_row + GROUP * _TILE]
+                tma.async_copy_shared_to_global(y[piece], at, leaving[piece].index(GROUP))
     tma.store_wait(0)
 
 
 @gluon.jit
-def _cells(share, TOKENS: gl.constexpr, MMA: gl.constexpr):
-    """Where the sums of a share lie in the workspace: what a warp stores at once lies together."""
-    row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, MMA))[:, None]
-    token = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, MMA))[None, :]
-    block = row // 16 * (TOKENS // 8) + token // 8
-    return share.to(gl.int64) * (_ROWS * TOKENS) + (block * 128 + row % 16 * 8 + token % 8)
+def _cells(partial, place, total, piece: gl.constexpr):
+    """Where the sums of a piece of a tile lie in a place of the workspace: what a warp stores at once lies together."""
+    LAYOUT: gl.constexpr = total[piece].type.layout
+    WIDTH: gl.constexpr = total[0].shape[1] + (total[1].shape[1] if len(total) == 2 else 0)
+    row = gl.arange(0, _TILE, layout=gl.SliceLayout(1, LAYOUT))[:, None]
+    token = gl.arange(0, total[piece].shape[1], layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    block = row // 16 * (total[piece].shape[1] // 8) + token // 8
+    first = place.to(gl.int64) * (_TILE * WIDTH) + piece * (_TILE * total[0].shape[1])
+    return partial + first + (block * 128 + row % 16 * 8 + token % 8)
 
 
 @gluon.jit
-def _leave_share(total, share, partial, counters, TOKENS: gl.constexpr, MMA: gl.constexpr):
+def _leave_share(total, place, partial, counters):
     """Leave the sums of a share in the workspace and say so."""
-    gl.store(partial + _cells(share, TOKENS, MMA), total)
+    for piece in gl.static_range(len(total)):
+        gl.store(_cells(partial, place, total, piece), total[piece])
     gl.thread_barrier()  # all threads have stored before the one that publishes it
-    gl.atomic_xchg(counters + share, 1, sem="release", scope="gpu")
+    gl.atomic_xchg(counters + place, 1, sem="release", scope="gpu")
 
 
 @gluon.jit
-def _add_shares(total, dealt, shares, partial, counters, TOKENS: gl.constexpr, MMA: gl.constexpr):
-    """Add what helpers leave of the tile of that number among those dealt out, in the order of the chunks.
+def _add_share(total, place, partial, counters):
+    """Add what a helper leaves of a tile.
 
     Helpers are programs before this one, so that they have begun: waiting for them always ends.
     """
-    for share in range(dealt * shares, (dealt + 1) * shares):
-        while gl.atomic_cas(counters + share, 1, 0, sem="acquire", scope="gpu") == 0:
-            pass
-        total += gl.load(partial + _cells(share, TOKENS, MMA), cache_modifier=".cg")
-    return total
+    while gl.atomic_cas(counters + place, 1, 0, sem="acquire", scope="gpu") == 0:
+        pass
+    added = ()
+    for piece in gl.static_range(len(total)):
+        added = added + (total[piece] + gl.load(_cells(partial, place, total, piece), cache_modifier=".cg"),)
+    return added

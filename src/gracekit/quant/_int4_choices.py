@@ -175,6 +175,7 @@ def schedules(
             Schedule(gluon.ROWS, width, 0, split, gluon.WARPS, slots, scaled=True, persistent=True)
             for width, slots in gluon.SLOTS.items()
             for split in (1, 2)
+            if width > _FEW
         ]
     return found
 

@@ -42,7 +42,8 @@ class Schedule(NamedTuple):
 
     Attributes:
         rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` and ``vector_kernel`` 64 at most.
-        tokens: rows of x of a program, a power of two from 8 on; 1 or 2, and then all of x, for ``vector_kernel``.
+        tokens: rows of x of a program, a power of two from 8 on; 1 or 2, and then all of x, for ``vector_kernel``; for
+            ``persistent_kernel`` 128, 192 or 256.
         parts: chunks of inputs that a program of ``narrow_kernel`` or ``vector_kernel`` takes at once; 0 for the others.
         split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
             1 or 2: whether they are dealt out, as ``_Deal`` says.
@@ -85,7 +86,7 @@ class Schedule(NamedTuple):
         if self.split == 1:
             return 0
         if self.persistent:
-            return processors
+            return 2 * processors
         return self.places(padded, count, processors) if self.parts else min(self.tiles(padded, count), processors - 1)
 
 
@@ -214,20 +215,21 @@ def _persistent(
     """Return what is launched for ``persistent_kernel``."""
     chunks, padded, count = packed.shape[1], len(packed) * TILE, len(x)
     tokens, dealt = schedule.tokens, schedule.split > 1
-    # Where few rows remain behind full blocks of them, some of the programs take these in a smaller block.
-    small = min(gluon.SLOTS)
-    rest = small if dealt and 0 < count % tokens <= small < tokens < count else 0
+    rest = _rest(count, tokens) if dealt else 0
     row_tiles, blocks = -(-padded // gluon.ROWS), count // tokens if rest else -(-count // tokens)
-    deals = _deals(row_tiles * blocks, row_tiles if rest else 0, chunks, processors(x.device), dealt)
+    deals = _deals(row_tiles * blocks, row_tiles if rest else 0, chunks, processors(x.device), dealt, rest)
     sums = sum(deal.slabs * width for deal, width in zip(deals, (tokens, rest), strict=True))
     partial = x.new_empty(sums * gluon.ROWS, dtype=torch.float32)
-    described = _described(x, y, tokens)
-    described += _described(x, y, rest) if rest else described
+    (first, more), (rest_first, rest_more) = gluon.BLOCKS[tokens], gluon.BLOCKS.get(rest, (0, 0))
+    widths = [first, *(width for width in (more, rest_first, rest_more) if width)]
+    described = [end for width in (*widths, first, first)[:3] for end in _described(x, y, width)]
     options = {
         "G": chunks * CHUNK // scale.shape[0],
-        "TOKENS": tokens,
+        "TOKENS": first,
+        "MORE": more,
         "SLOTS": schedule.stages,
-        "REST": rest,
+        "REST": rest_first,
+        "REST_MORE": rest_more,
         "REST_SLOTS": gluon.SLOTS[rest or tokens],
         "DEALT": dealt,
         "BAND": _BAND,
@@ -239,12 +241,19 @@ def _persistent(
     return gluon.persistent_kernel, grid, [packed, scale, partial, counters, *described], sizes, options
 
 
+def _rest(count: int, tokens: int) -> int:
+    """Return in how many rows of x some of the programs take those behind full blocks of ``tokens``; 0 if all take them alike."""
+    if count < tokens or tokens != max(gluon.BLOCKS):
+        return 0
+    return next((width for width in gluon.REST_COST if 0 < count % tokens <= width), 0)
+
+
 def _described(x: Tensor, y: Tensor, block: int) -> list[Any]:
     """Return what the copy engine is told of x and y, for blocks of so many rows of x."""
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return [
         TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block, width], layout)
-        for tensor, width in ((x, gluon.HALF), (y, gluon.ROWS))
+        for tensor, width in ((x, gluon.HALF), (y, TILE))
     ]
 
 
@@ -288,12 +297,14 @@ def _deal(tiles: int, programs: int, chunks: int, dealt_out: bool) -> _Deal:
 
 
 @functools.cache
-def _deals(tiles: int, rest: int, chunks: int, programs: int, dealt_out: bool) -> tuple[_Deal, _Deal]:
-    """Deal tiles out, and the smaller ones of the ``rest``, each to a part of the programs."""
-    if not rest:
+def _deals(tiles: int, rest_tiles: int, chunks: int, programs: int, dealt_out: bool, rest: int) -> tuple[_Deal, _Deal]:
+    """Deal tiles out, and the smaller ones with ``rest`` rows of x, each to a part of the programs."""
+    if not rest_tiles:
         return _deal(tiles, programs, chunks, dealt_out), _Deal(0)
-    both = ((_deal(tiles, own, chunks, True), _deal(rest, programs - own, chunks, True)) for own in range(1, programs))
-    return min(both, key=lambda deals: max(deals[0].time, gluon.REST_COST * deals[1].time))
+    both = (
+        (_deal(tiles, own, chunks, True), _deal(rest_tiles, programs - own, chunks, True)) for own in range(1, programs)
+    )
+    return min(both, key=lambda deals: max(deals[0].time, gluon.REST_COST[rest] * deals[1].time))
 
 
 def values(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
