@@ -81,9 +81,8 @@ def time_us(run: Callable[[Tensor], Tensor], copies: list[Tensor], device: str, 
     return graph_times(run, copies)
 
 
-def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> list[dict]:
+def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> Iterator[dict]:
     """All variants of one weight, in turns: a device that has just worked hard is slower."""
-    rows = []
     limit = packed_bytes(shape) / bandwidth * 1e6
     copies = {name: list(weights(name, form, shape, device)) for name, form in FORMS[device].items()}
     for count in ROWS[device]:
@@ -107,9 +106,8 @@ def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> l
             row |= {"max_us": round(max(found), 2), "traffic_limit_us": round(limit, 2)}
             row["times_faster_than_bf16"] = round(dense / row["median_us"], 3)
             row["share_of_traffic_limit"] = round(limit / row["median_us"], 3)
-            rows.append(row)
             _harness.show(row)
-    return rows
+            yield row
 
 
 def main() -> None:
@@ -124,11 +122,11 @@ def main() -> None:
         for shape in SHAPES if given.device == "cuda" else CPU_SHAPES:
             if given.weights and f"{shape[0]}x{shape[1]}" not in given.weights:
                 continue
-            made = bench(shape, given.device, given.runs, bandwidth)
-            about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["out"], row["in"]), held)
-            _harness.write(
-                "int4_linear", given.device, about, given.output
-            )  # what is measured stays if a run is cut short
+            made: list[dict] = []
+            for row in bench(shape, given.device, given.runs, bandwidth):
+                made.append(row)  # and is written: what is measured stays if a run is cut short
+                about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["out"], row["in"]), held)
+                _harness.write("int4_linear", given.device, about, given.output)
 
 
 if __name__ == "__main__":

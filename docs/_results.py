@@ -185,15 +185,19 @@ def plot_products(result: dict, device: str) -> None:
     import matplotlib.pyplot as plt
 
     shapes = list(dict.fromkeys((row["out"], row["in"]) for row in result["rows"]))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(3.3 * len(shapes), 3.2), layout="constrained", squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
+    across, down = min(len(shapes), 3), -(-len(shapes) // 3)
+    figure, axes = plt.subplots(down, across, figsize=(3.3 * across, 3.2 * down), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(shapes) :]:
+        axis.remove()
+    for axis, shape in zip(axes.flat, shapes, strict=False):
         chosen = [row for row in result["rows"] if (row["out"], row["in"]) == shape]
         for variant in dict.fromkeys(row["variant"] for row in chosen):
             points = [(row["rows"], row["median_us"]) for row in chosen if row["variant"] == variant]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=variant)
         axis.axhline(chosen[0]["traffic_limit_us"], linestyle="--", color="grey", label="INT4 limit by traffic")
         axis.set(title=f"{shape[0]} x {shape[1]}", xlabel="rows", xscale="log", yscale="log")
-    axes[0][0].set_ylabel("microseconds")
+    for row in axes:
+        row[0].set_ylabel("microseconds")
     axes[0][0].legend(fontsize=7)
     figure.savefig(GENERATED / f"int4_linear-{device}.png", dpi=130)
     plt.close(figure)

@@ -65,6 +65,7 @@ def compiled(width, rest, dealt, group_size, dtype):
         (256, 64, True, 128, "bf16"),
         (256, 128, True, 32, "fp16"),
         (256, 192, True, 128, "bf16"),
+        (160, 0, True, 128, "bf16"),
         (192, 0, False, 64, "bf16"),
         (192, 0, True, 32, "fp16"),
         (128, 0, False, 128, "fp16"),
@@ -225,7 +226,7 @@ class TestOnHopper:
         counters = torch.zeros(1024, dtype=torch.int32, device="cuda")
         x = normal(rows, rows, inputs, dtype=dtype).cuda()
         exact, sizes = x.double() @ values.t(), x.double().abs() @ values.abs().t()
-        for tokens in (128, 192, 256):
+        for tokens in (128, 160, 192, 256):
             for split in (1, 2):
                 way = schedule(tokens, split)
                 y = _int4_launch.linear(x, packed, scale, counters, outputs, way)
@@ -238,7 +239,7 @@ class TestOnHopper:
         _, packed, scale = drawn(4096, 4096, 128, torch.bfloat16)
         x = normal(1, 608, 4096, dtype=torch.bfloat16).cuda()
         counters = torch.zeros(0, dtype=torch.int32, device="cuda")
-        for tokens in (192, 256):
+        for tokens in (160, 192, 256):
             way = schedule(tokens, 1)
             y = _int4_launch.linear(x, packed, scale, counters, 4096, way)
             for rows in (slice(0, 256), slice(300, 512), slice(352, 608)):

@@ -8,8 +8,9 @@ than the ring holds: while one group unpacks, the tensor cores have the other's 
 half chunks, across the end of a tile too, of which each group loads every other one; and y leaves by it while the next tile is
 computed.
 
-Blocks have 128, 192 or 256 rows of x. Those of 192 are multiplied as 64 and 128, as tensors have a power of two of rows: the fewer
-first, because the tensor cores take only a few products ahead, and a group is free to unpack when its last one is taken.
+Blocks have 128, 160, 192 or 256 rows of x. Tensors have a power of two of rows, so those of 160 and 192 are multiplied as 128 and
+the others: these first, because the tensor cores take only a few products ahead, and a group is free to unpack when its last one is
+taken.
 
 The tiles of a last round that has fewer of them than programs are dealt out: a tile's own program begins it, and the others help
 with the chunks at its end, each with as many as it can leave in the workspace by the time that the first is done with its own.
@@ -42,9 +43,15 @@ from gracekit.quant._triton_int4 import BFLOAT16, CONSTRAINTS, FLOAT16
 ROWS = 128
 WARPS = 4  # of each of the two groups
 HALF = CHUNK // 2
-BLOCKS = {64: (64, 0), 128: (128, 0), 192: (64, 128), 256: (256, 0)}  # rows of x of a tile, as they are multiplied
+BLOCKS = {
+    64: (64, 0),
+    128: (128, 0),
+    160: (32, 128),
+    192: (64, 128),
+    256: (256, 0),
+}  # rows of x of a tile, as they are multiplied
 # By the rows of x of a tile: slots of the ring, what the shared memory holds, and enough.
-SLOTS = {64: 8, 128: 8, 192: 7, 256: 5}
+SLOTS = {64: 8, 128: 8, 160: 8, 192: 7, 256: 5}
 LEAVING = 2  # chunks that could be multiplied while sums are left for another program, or added
 REST_COST = {64: 0.48, 128: 0.65, 192: 0.84}  # time of a tile of so many rows of x in that of one of 256
 REGISTERS = 248  # of a thread of the second group; the first has what is left

@@ -43,7 +43,7 @@ class Schedule(NamedTuple):
     Attributes:
         rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` and ``vector_kernel`` 64 at most.
         tokens: rows of x of a program, a power of two from 8 on; 1 or 2, and then all of x, for ``vector_kernel``; for
-            ``persistent_kernel`` 128, 192 or 256.
+            ``persistent_kernel`` one of its blocks.
         parts: chunks of inputs that a program of ``narrow_kernel`` or ``vector_kernel`` takes at once; 0 for the others.
         split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
             1 or 2: whether they are dealt out, as ``_Deal`` says.
