@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -58,30 +60,43 @@ def compiled(width, rest, dealt, group_size, dtype):
     )
 
 
-@pytest.mark.parametrize(
-    ("width", "rest", "dealt", "group_size", "dtype"),
-    [
-        (256, 0, False, 128, "bf16"),
-        (256, 64, True, 128, "bf16"),
-        (256, 128, True, 32, "fp16"),
-        (256, 192, True, 128, "bf16"),
-        (160, 0, True, 128, "bf16"),
-        (192, 0, False, 64, "bf16"),
-        (192, 0, True, 32, "fp16"),
-        (128, 0, False, 128, "fp16"),
-        (128, 0, True, 128, "bf16"),
-    ],
-)
-def test_the_tensor_cores_are_never_waited_for_more_than_is_written(tmp_path, width, rest, dealt, group_size, dtype):
-    made = compiled(width, rest, dealt, group_size, dtype)
-    assert made.metadata.shared <= 227 * 1024
+CASES = [
+    (256, 0, False, 128, "bf16"),
+    (256, 64, True, 128, "bf16"),
+    (256, 128, True, 32, "fp16"),
+    (256, 192, True, 128, "bf16"),
+    (160, 0, True, 128, "bf16"),
+    (192, 0, False, 64, "bf16"),
+    (192, 0, True, 32, "fp16"),
+    (128, 0, False, 128, "fp16"),
+    (128, 0, True, 128, "bf16"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Of each case the shared memory in bytes, what the assembler says, and the machine code."""
+
+    def make(case):
+        kernel, folder = compiled(*case), tmp_path_factory.mktemp("kernel")
+        said = assembled(kernel.asm["ptx"], "sm_90a", folder)
+        return kernel.metadata.shared, said, disassembled(kernel.asm["cubin"], folder)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return dict(zip(CASES, threads.map(make, CASES), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tensor_cores_are_never_waited_for_more_than_is_written(made, case):
+    shared, said, sass = made[case]
+    assert shared <= 227 * 1024
     # Where the assembler cannot prove that an operand is left alone, it makes every product wait, and says so.
-    said = assembled(made.asm["ptx"], "sm_90a", tmp_path)
     assert "registers" in said
     assert "serialized" not in said
     assert " 0 bytes spill stores" in said
     # Nor are they waited for less.
-    kernel = instructions(disassembled(made.asm["cubin"], tmp_path))
+    kernel = instructions(sass)
+    width, rest = case[:2]
     pieces = sum(bool(rows) for rows in _gluon_int4.BLOCKS[width] + _gluon_int4.BLOCKS.get(rest, ()))
     assert sum("HGMMA" in instruction.text for instruction in kernel) == 16 * pieces  # both groups, eight of a chunk
     assert not overwritten(kernel)

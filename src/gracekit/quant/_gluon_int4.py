@@ -14,7 +14,8 @@ taken.
 
 The tiles of a last round that has fewer of them than programs are dealt out: a tile's own program begins it, and the others help
 with the chunks at its end, each with as many as it can leave in the workspace by the time that the first is done with its own.
-Where the last rows of x fill half a block or less, some of the programs take these rows in smaller tiles from the beginning.
+Where the last rows of x fill no more than three quarters of a block of 256, some of the programs take these rows in smaller tiles
+from the beginning.
 
 Where no tile is dealt out, the last block of rows of x begins so early that it is whole, and computes rows of the block before once
 more, to the same bits: rows that are not there are slow to fill with zeros.
@@ -314,7 +315,7 @@ def _multiply_rows(
     words, s0, s1, s2, s3 = _words(packed, scale, row + GROUP * _TILE, first, chunks, padded, G)
     # Launched while the kernel before it ends: waits for x, and for whoever still has the workspace.
     gdc_wait()
-    # What is loaded runs ahead of what is multiplied, whose slots are two behind: that long a group may be late.
+    # What is loaded runs so far ahead that two slots or three are left over: so late the other group may be.
     ahead = (0, token, first, after, GROUP, 1)
     for _chunk in gl.static_range((SLOTS - 2) // 2):
         ahead = _load(x, ring, ahead, parts, work, GROUP, TOKENS, MORE, SLOTS, DEALT, BAND)

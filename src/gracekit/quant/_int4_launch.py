@@ -47,7 +47,7 @@ class Schedule(NamedTuple):
         parts: chunks of inputs that a program of ``narrow_kernel`` or ``vector_kernel`` takes at once; 0 for the others.
         split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
             1 or 2: whether they are dealt out, as ``_Deal`` says.
-        warps: of a program.
+        warps: of a program; for ``persistent_kernel`` of each of its two groups.
         stages: steps in flight; for ``vector_kernel`` those whose words are loaded ahead.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
         persistent: whether it is ``persistent_kernel`` that is launched; ``stages`` are then the slots of its ring.
