@@ -33,7 +33,7 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
     Args:
         packed: words (T, C, 64, 16) int32.
         scale: (C * 128 / G, T * 64) float32, values of the activations' dtype: the kernel copies four bytes at a time.
-        counters: (T, 16) int32, zeros: the kernel's, one use at a time.
+        counters: (T, 32) int32, zeros: the kernel's, one use at a time.
         block_size: [1, G].
         shape: (N, K).
         dtype: of the activations.
@@ -86,7 +86,8 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
         return values
 
 
-_COUNTERS_A_TILE = 16  # blocks of rows of x that a split product may have
+# Blocks of rows of x that a split product may have. Nine tiles have two for each of Hopper's multiprocessors, which it takes there.
+_COUNTERS_A_TILE = 32
 
 
 @Int4TritonTensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
