@@ -44,14 +44,8 @@ from gracekit.quant._triton_int4 import BFLOAT16, CONSTRAINTS, FLOAT16
 ROWS = 128
 WARPS = 4  # of each of the two groups
 HALF = CHUNK // 2
-BLOCKS = {
-    64: (64, 0),
-    128: (128, 0),
-    160: (32, 128),
-    192: (64, 128),
-    256: (256, 0),
-}  # rows of x of a tile, as they are multiplied
-# By the rows of x of a tile: slots of the ring, what the shared memory holds, and enough.
+# By the rows of x of a tile: as how many each they are multiplied; slots of the ring, what the shared memory holds, and enough.
+BLOCKS = {64: (64, 0), 128: (128, 0), 160: (32, 128), 192: (64, 128), 256: (256, 0)}
 SLOTS = {64: 8, 128: 8, 160: 8, 192: 7, 256: 5}
 LEAVING = 2  # chunks that could be multiplied while sums are left for another program, or added
 REST_COST = {64: 0.48, 128: 0.65, 192: 0.84}  # time of a tile of so many rows of x in that of one of 256
@@ -358,6 +352,7 @@ def _multiply_rows(
             _leave_share(total, 2 * (program * each + part - tiles // programs) + GROUP, partial, counters)
         else:
             if DEALT and was_after < chunks:
+                # Not by its tile's number: Triton 3.6 loses what changes in a loop and is asked for by an inner one's bounds alone.
                 for share in range((program - helpers) * shares, (program - helpers + 1) * shares):
                     total = _add_share(total, 2 * share + GROUP, partial, counters)
             tma.store_wait(0)
