@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -73,17 +77,27 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Of each case the shared memory in bytes, what the assembler says, and the machine code."""
+def make(folder):
+    """Write down, of each case, the shared memory in bytes, what the assembler says, and the machine code."""
 
-    def make(case):
-        kernel, folder = compiled(*case), tmp_path_factory.mktemp("kernel")
-        said = assembled(kernel.asm["ptx"], "sm_90a", folder)
-        return kernel.metadata.shared, said, disassembled(kernel.asm["cubin"], folder)
+    def make_one(case):
+        kernel, own = compiled(*case), folder / "-".join(map(str, case))
+        own.mkdir()
+        said = assembled(kernel.asm["ptx"], "sm_90a", own)
+        return kernel.metadata.shared, said, disassembled(kernel.asm["cubin"], own)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return dict(zip(CASES, threads.map(make, CASES), strict=True))
+        (folder / "made.json").write_text(json.dumps(list(threads.map(make_one, CASES))))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What ``make`` writes, by case; in a process of its own: where kernels are interpreted, Gluon's are no longer compiled."""
+    folder = tmp_path_factory.mktemp("kernels")
+    script = f"import pathlib, test_gluon_int4; test_gluon_int4.make(pathlib.Path({str(folder)!r}))"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, env=environment, check=True)
+    return dict(zip(CASES, json.loads((folder / "made.json").read_text()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
