@@ -81,8 +81,8 @@ def time_us(run: Callable[[Tensor], Tensor], copies: list[Tensor], device: str, 
     return graph_times(run, copies)
 
 
-def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> Iterator[dict]:
-    """All variants of one weight, in turns: a device that has just worked hard is slower."""
+def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> Iterator[list[dict]]:
+    """All variants of one weight, in turns: a device that has just worked hard is slower. For one number of rows after another."""
     limit = packed_bytes(shape) / bandwidth * 1e6
     copies = {name: list(weights(name, form, shape, device)) for name, form in FORMS[device].items()}
     for count in ROWS[device]:
@@ -99,15 +99,16 @@ def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> I
                 else:
                     times[name] += time_us(lambda copy, x=x: F.linear(x, copy), weight, device, runs)
                     gc.collect()  # of what torchao's kernel returns, graphs keep the memory until then
-        dense = statistics.median(times[BASELINE])
+        rows, dense = [], statistics.median(times[BASELINE])
         for name, found in times.items():
             row = {"out": shape[0], "in": shape[1], "rows": count, "variant": name}
             row |= {"median_us": round(statistics.median(found), 2), "min_us": round(min(found), 2)}
             row |= {"max_us": round(max(found), 2), "traffic_limit_us": round(limit, 2)}
             row["times_faster_than_bf16"] = round(dense / row["median_us"], 3)
             row["share_of_traffic_limit"] = round(limit / row["median_us"], 3)
+            rows.append(row)
             _harness.show(row)
-            yield row
+        yield rows
 
 
 def main() -> None:
@@ -123,8 +124,8 @@ def main() -> None:
             if given.weights and f"{shape[0]}x{shape[1]}" not in given.weights:
                 continue
             made: list[dict] = []
-            for row in bench(shape, given.device, given.runs, bandwidth):
-                made.append(row)  # and is written: what is measured stays if a run is cut short
+            for rows in bench(shape, given.device, given.runs, bandwidth):
+                made += rows  # and is written: what is measured stays if a run is cut short
                 about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["out"], row["in"]), held)
                 _harness.write("int4_linear", given.device, about, given.output)
 

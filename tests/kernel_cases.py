@@ -1,6 +1,9 @@
-"""What the tests of the kernels in Gluon draw, and what the assembler says of them."""
+"""What the tests of the kernels draw, how they compile without interpreting, and what NVIDIA's tools say of what comes out."""
 
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from triton.knobs import nvidia
@@ -18,9 +21,27 @@ def drawn(outputs, inputs, group_size, dtype):
     return tuple(tensor.cuda() for tensor in made)
 
 
+def printed_by(script):
+    """What a script prints in a process that interprets no kernel: in one that does, some can no longer be compiled."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", script]
+    made = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, check=True, capture_output=True, text=True
+    )
+    return made.stdout
+
+
 def assembled(ptx, architecture, folder):
     """What the assembler says: registers, spills, and what it had to make wait."""
     source = folder / "kernel.ptx"
     source.write_text(ptx)
     command = [nvidia.ptxas.path, f"-arch={architecture}", "-v", str(source), "-o", str(folder / "kernel.cubin")]
     return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def disassembled(cubin, folder):
+    """The machine code as cuobjdump writes it."""
+    source = folder / "compiled.cubin"
+    source.write_bytes(cubin)
+    command = [nvidia.cuobjdump.path, "-sass", str(source)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -8,10 +8,7 @@ register that is written before: the assembler has been seen to make such code.
 from __future__ import annotations
 
 import re
-import subprocess
 from typing import NamedTuple
-
-from triton.knobs import nvidia
 
 _LEFT = re.compile(r"HGMMA\S* R\d+, R(\d+), gdesc")
 _WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)")
@@ -27,14 +24,6 @@ class Instruction(NamedTuple):
     address: int
     skipped: bool
     text: str
-
-
-def disassembled(cubin: bytes, folder) -> str:
-    """The machine code as cuobjdump writes it."""
-    source = folder / "kernel.cubin"
-    source.write_bytes(cubin)
-    command = [nvidia.cuobjdump.path, "-sass", str(source)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def instructions(sass: str) -> list[Instruction]:

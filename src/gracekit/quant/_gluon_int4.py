@@ -44,6 +44,7 @@ from gracekit.quant._triton_int4 import BFLOAT16, CONSTRAINTS, FLOAT16
 ROWS = 128
 WARPS = 4  # of each of the two groups
 HALF = CHUNK // 2
+WIDTHS = (128, 160, 192, 256)  # rows of x of the tiles of a whole block
 # By the rows of x of a tile: as how many each they are multiplied; slots of the ring, what the shared memory holds, and enough.
 BLOCKS = {64: (64, 0), 128: (128, 0), 160: (32, 128), 192: (64, 128), 256: (256, 0)}
 SLOTS = {64: 8, 128: 8, 160: 8, 192: 7, 256: 5}

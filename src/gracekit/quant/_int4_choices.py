@@ -172,10 +172,9 @@ def schedules(
         ]
     if persistent and rows > _FEW:
         found += [
-            Schedule(gluon.ROWS, width, 0, split, gluon.WARPS, slots, scaled=True, persistent=True)
-            for width, slots in gluon.SLOTS.items()
+            Schedule(gluon.ROWS, width, 0, split, gluon.WARPS, gluon.SLOTS[width], scaled=True, persistent=True)
+            for width in gluon.WIDTHS
             for split in (1, 2)
-            if width > _FEW
         ]
     return found
 

@@ -43,7 +43,7 @@ class Schedule(NamedTuple):
     Attributes:
         rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` and ``vector_kernel`` 64 at most.
         tokens: rows of x of a program, a power of two from 8 on; 1 or 2, and then all of x, for ``vector_kernel``; for
-            ``persistent_kernel`` one of its blocks.
+            ``persistent_kernel`` one of its ``WIDTHS``.
         parts: chunks of inputs that a program of ``narrow_kernel`` or ``vector_kernel`` takes at once; 0 for the others.
         split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
             1 or 2: whether they are dealt out, as ``_Deal`` says.
@@ -217,7 +217,7 @@ def _persistent(
     tokens, dealt = schedule.tokens, schedule.split > 1
     rest = _rest(count, tokens) if dealt else 0
     row_tiles, blocks = -(-padded // gluon.ROWS), count // tokens if rest else -(-count // tokens)
-    deals = _deals(row_tiles * blocks, row_tiles if rest else 0, chunks, processors(x.device), dealt, rest)
+    deals = _deals(row_tiles * blocks, row_tiles, chunks, processors(x.device), dealt, rest)
     sums = sum(deal.slabs * width for deal, width in zip(deals, (tokens, rest), strict=True))
     partial = x.new_empty(sums * gluon.ROWS, dtype=torch.float32)
     (first, more), (rest_first, rest_more) = gluon.BLOCKS[tokens], gluon.BLOCKS.get(rest, (0, 0))
@@ -243,7 +243,7 @@ def _persistent(
 
 def _rest(count: int, tokens: int) -> int:
     """Return in how many rows of x some of the programs take those behind full blocks of ``tokens``; 0 if all take them alike."""
-    if count < tokens or tokens != max(gluon.BLOCKS):
+    if count < tokens or tokens != max(gluon.WIDTHS):
         return 0
     return next((width for width in gluon.REST_COST if 0 < count % tokens <= width), 0)
 
@@ -297,12 +297,12 @@ def _deal(tiles: int, programs: int, chunks: int, dealt_out: bool) -> _Deal:
 
 
 @functools.cache
-def _deals(tiles: int, rest_tiles: int, chunks: int, programs: int, dealt_out: bool, rest: int) -> tuple[_Deal, _Deal]:
-    """Deal tiles out, and the smaller ones with ``rest`` rows of x, each to a part of the programs."""
-    if not rest_tiles:
+def _deals(tiles: int, row_tiles: int, chunks: int, programs: int, dealt_out: bool, rest: int) -> tuple[_Deal, _Deal]:
+    """Deal tiles out, and the ``row_tiles`` smaller ones with ``rest`` rows of x, if any, each to a part of the programs."""
+    if not rest:
         return _deal(tiles, programs, chunks, dealt_out), _Deal(0)
     both = (
-        (_deal(tiles, own, chunks, True), _deal(rest_tiles, programs - own, chunks, True)) for own in range(1, programs)
+        (_deal(tiles, own, chunks, True), _deal(row_tiles, programs - own, chunks, True)) for own in range(1, programs)
     )
     return min(both, key=lambda deals: max(deals[0].time, gluon.REST_COST[rest] * deals[1].time))
 
