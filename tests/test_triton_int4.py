@@ -238,7 +238,7 @@ from gracekit.quant._triton_int4 import wide_kernel as kernel
 
 kinds = {"x": "*bf16", "packed": "*i32", "scale": "*fp32", "y": "*bf16", "partial": "*fp32", "counters": "*i32"}
 kinds |= dict.fromkeys(["M", "N", "K", "stride", "chunks", "padded", "whole"], "i32")
-constants = dict(STEPS=32, G=128, SPLIT=2, ROWS=64, STAGES=3, MASKED=False, ASSEMBLY=True, EARLY=True, BAND=8)
+constants = dict(STEPS=32, G=128, SPLIT=2, ROWS=64, STAGES=3, MASKED=False, ASSEMBLY=True, EARLY=True, LAUNCHES=False, BAND=8)
 for tokens, scaled in ((16, False), (64, True), (128, True)):
     given = constants | {"TOKENS": tokens, "SCALED": scaled}
     signature = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
@@ -278,6 +278,7 @@ def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors
         else:
             assert schedule.tokens in ((128, 160, 192, 256) if schedule.persistent else _int4_choices._WIDE)
         assert schedule.split == 1 or schedule.persistent or schedule.split * 2 <= chunks
+        assert not schedule.launches or (schedule.warps <= 4 and schedule.tokens <= 32)
 
 
 @given(st.integers(1, 2000), st.sampled_from([8, 132]))

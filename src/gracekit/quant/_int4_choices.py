@@ -54,14 +54,20 @@ _NARROW = {
     16: ((16, 2, 2), (16, 4, 4), (16, 8, 4), (32, 2, 2), (32, 4, 4), (32, 8, 4)),
     32: ((16, 4, 4), (16, 8, 4), (32, 4, 4), (32, 8, 4), (64, 4, 8)),
 }
-# Likewise: (output rows, warps, stages, whether rounded weights are multiplied) of wide_kernel.
+# Likewise: (output rows, warps, stages, whether rounded weights are multiplied, Schedule.launches) of wide_kernel.
 _WIDE = {
-    8: ((64, 4, 4, False), (128, 4, 5, False)),
-    16: ((64, 4, 4, False), (128, 4, 5, False)),
-    32: ((64, 4, 4, False), (128, 4, 4, False)),
-    64: ((64, 4, 3, True), (128, 4, 3, True)),
-    128: ((64, 4, 2, True), (64, 4, 3, True), (64, 4, 4, True), (128, 4, 3, True), (128, 8, 3, True)),
-    256: ((64, 4, 3, True), (128, 8, 3, True)),
+    8: ((64, 4, 4, False, True), (128, 4, 4, False, True), (128, 4, 5, False, True)),
+    16: ((64, 4, 4, False, False), (64, 4, 4, False, True), (128, 4, 4, False, True), (128, 4, 5, False, False)),
+    32: ((64, 4, 4, False, False), (64, 4, 4, False, True), (128, 4, 4, False, False)),
+    64: ((64, 4, 3, True, False), (128, 4, 3, True, False)),
+    128: (
+        (64, 4, 2, True, False),
+        (64, 4, 3, True, False),
+        (64, 4, 4, True, False),
+        (128, 4, 3, True, False),
+        (128, 8, 3, True, False),
+    ),
+    256: ((64, 4, 3, True, False), (128, 8, 3, True, False)),
 }
 
 _log = logging.getLogger(__name__)
@@ -150,16 +156,16 @@ def schedules(
     """
     tokens = max(LEAST_TOKENS, min(triton.next_power_of_2(rows), 256))
     found = [
-        Schedule(tile, tokens, parts, split, warps, _STAGES, scaled=False)
+        Schedule(tile, tokens, parts, split, warps, _STAGES, scaled=False, launches=tokens == LEAST_TOKENS)
         for tile, parts, warps in _NARROW.get(tokens, ())
         if parts <= max(4, chunks)
         for split in _splits(-(-outputs // TILE) * (TILE // tile), processors)
         if split == 1 or chunks >= 2 * parts * split
     ]
     found += [
-        Schedule(tile, width, 0, split, warps, stages, scaled)
+        Schedule(tile, width, 0, split, warps, stages, scaled, launches=launches)
         for width in sorted({min(tokens, 64), min(tokens, 128), tokens})
-        for tile, warps, stages, scaled in _WIDE[width]
+        for tile, warps, stages, scaled, launches in _WIDE[width]
         for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _FEW else ())
         if split == 1 or chunks >= 2 * split
     ]

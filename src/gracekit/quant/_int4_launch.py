@@ -35,6 +35,9 @@ _ALIGNMENT = 16  # bytes; what the copy engine asks of the rows of a tensor
 _VALUES_ROWS = 32
 _BAND = 8
 _MOST_SHARES = 3
+# Of a thread of a kernel that lets the next be launched: so two programs of four warps have room for two of the next beside them,
+# which else would come to lie unevenly, as multiprocessors happen to be done.
+_REGISTERS = 128
 
 
 class Schedule(NamedTuple):
@@ -51,6 +54,8 @@ class Schedule(NamedTuple):
         stages: steps in flight; for ``vector_kernel`` those whose words are loaded ahead.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
         persistent: whether it is ``persistent_kernel`` that is launched; ``stages`` are then the slots of its ring.
+        launches: whether ``narrow_kernel`` or ``wide_kernel`` lets the next kernel be launched while its own programs still run,
+            where the device can.
     """
 
     rows: int
@@ -61,6 +66,7 @@ class Schedule(NamedTuple):
     stages: int
     scaled: bool
     persistent: bool = False
+    launches: bool = False
 
     @property
     def is_vector(self) -> bool:
@@ -151,9 +157,12 @@ def _product(
         "STAGES": stages,
         "MASKED": bool(x.shape[1] % CHUNK or chunks % shares or padded % rows),
         "ASSEMBLY": x.is_cuda,
+        "LAUNCHES": schedule.launches,
         "num_warps": warps,
         **early(x.device),
     }
+    if schedule.launches and options["EARLY"]:
+        options["maxnreg"] = _REGISTERS
     if parts:
         blocks = triton.cdiv(len(x), tokens)
         return narrow_kernel, (programs, blocks), tensors, sizes, options | {"PARTS": parts}

@@ -34,7 +34,6 @@ _TILE = tl.constexpr(TILE)
 _CHUNK = tl.constexpr(CHUNK)
 _WORDS = tl.constexpr(WORDS)
 _CODES_OF_ZERO = tl.constexpr(-0x77777778)  # eight times u = 8
-_LEAST_TOKENS = tl.constexpr(LEAST_TOKENS)
 
 
 def _assembly(number: str, take_away: str) -> str:
@@ -172,13 +171,14 @@ def _part(program, whole, STEPS: tl.constexpr, SPLIT: tl.constexpr):
 def narrow_kernel(
     x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded, whole,
     STEPS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr, LAUNCHES: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of TOKENS rows of x; ``padded`` output rows are packed, a multiple of ROWS.
 
     The first ``whole`` tiles of outputs have a program each. The inputs of the others are dealt out among SPLIT programs.
     MASKED: the last step may lie beyond the inputs.
-    EARLY: launched while the kernel before it ends; waits for what that has written, and may let the next be launched likewise.
+    EARLY: launched while the kernel before it ends; waits for what that has written.
+    LAUNCHES: and the next kernel may be launched likewise as soon as all of this one's programs have begun.
     """
     tile, share, begin, end = _part(tl.program_id(0), whole, STEPS, SPLIT)
     lane = tl.arange(0, PARTS * ROWS)  # an output row of a part
@@ -192,7 +192,7 @@ def narrow_kernel(
     total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
-        if TOKENS == _LEAST_TOKENS:  # of more, the next kernel's programs would come to lie unevenly beside these
+        if LAUNCHES:
             gdc_launch_dependents()
     # A mask costs a fifth of the instructions, so the last step alone has it.
     UNMASKED: tl.constexpr = STEPS - 1 if MASKED else STEPS
@@ -239,7 +239,8 @@ def _add_shares(
 def wide_kernel(
     x, packed, scale, y, partial, counters, M, N, K, stride, chunks, padded, whole,
     STEPS: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    SCALED: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr, BAND: tl.constexpr,
+    SCALED: tl.constexpr, MASKED: tl.constexpr, ASSEMBLY: tl.constexpr, EARLY: tl.constexpr, LAUNCHES: tl.constexpr,
+    BAND: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of TOKENS rows of x; tiles beyond ``whole`` and the rest as in ``narrow_kernel``.
 
@@ -262,7 +263,7 @@ def wide_kernel(
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if EARLY:
         gdc_wait()  # for x, and for whoever still has the workspace
-        if TOKENS == _LEAST_TOKENS:  # of more, the next kernel's programs would come to lie unevenly beside these
+        if LAUNCHES:
             gdc_launch_dependents()
     for chunk in tl.range(begin, end, num_stages=STAGES):
         left = K - chunk * _CHUNK
