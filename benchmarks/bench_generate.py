@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import _harness
@@ -110,10 +110,10 @@ def seconds(run: Callable[[], object], device: str, runs: int) -> float:
     return statistics.median(times)
 
 
-def bench(variant: Variant, device: str, runs: int, chosen: list[int] | None) -> list[dict]:
+def bench(variant: Variant, device: str, runs: int, chosen: list[int] | None) -> Iterator[dict]:
+    """The row of one number of prompts after another."""
     make, side, text, new, batches = SETUPS[device]
     model = prepared(variant, make, device)
-    rows = []
     for count in chosen or batches:
         batch = llava_batch(model, count, text, side)
         row: dict[str, Any] = {
@@ -129,9 +129,8 @@ def bench(variant: Variant, device: str, runs: int, chosen: list[int] | None) ->
                 raise
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         _harness.show(row)
-        rows.append(row)
+        yield row
         gc.collect()
-    return rows
 
 
 def resident(model: Any) -> float:
@@ -159,19 +158,26 @@ def main() -> None:
     for variant in VARIANTS[given.device]:
         if given.variants and variant.name not in given.variants:
             continue
+        made: list[dict] = []
         with torch.inference_mode():
-            made = bench(variant, given.device, given.runs, given.batches)
-        about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["variant"], row["batch"]), held)
+            for row in bench(variant, given.device, given.runs, given.batches):
+                made.append(row)  # and is written: what is measured stays if a run is cut short
+                about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["variant"], row["batch"]), held)
+                compare(about["rows"])
+                _harness.write("generate", given.device, about, given.output)
         torch._dynamo.reset()
         gc.collect()
         if given.device == "cuda":
             torch.cuda.empty_cache()
-        baselines = {row["batch"]: row for row in about["rows"] if row["variant"] == BASELINE}
-        for row in about["rows"]:
-            base = baselines.get(row["batch"], {}).get("tokens_per_second")
-            if base and "tokens_per_second" in row:
-                row["times_baseline"] = round(row["tokens_per_second"] / base, 3)
-        _harness.write("generate", given.device, about, given.output)  # what is measured stays if a run is cut short
+
+
+def compare(rows: list[dict]) -> None:
+    """Note how many times faster each row is than the baseline with as many prompts."""
+    baselines = {row["batch"]: row for row in rows if row["variant"] == BASELINE}
+    for row in rows:
+        base = baselines.get(row["batch"], {}).get("tokens_per_second")
+        if base and "tokens_per_second" in row:
+            row["times_baseline"] = round(row["tokens_per_second"] / base, 3)
 
 
 if __name__ == "__main__":
