@@ -338,12 +338,18 @@ def test_a_data_set_that_datasets_saved_asks_the_questions_of_its_file(llava, da
         (["--metric", "choice"], "question must list its options"),
         (["--precision", "fake"], "needs learned scales"),
         (["--precision", "int4"], "int4-rtn rounds one"),
+        (["--precision", "int4-rtn", "--group-size", "48"], "group_size must divide in_features, got group_size=48"),
+        (
+            ["--precision", "int4-rtn", "--group-size", "16"],
+            "needs group_size in (32, 64, 128, 256), got group_size=16",
+        ),
         (["--batch-size", "0"], "batch_size must be at least 1"),
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--processor", "nowhere"], "processor must be a folder that is there, got 'nowhere'"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_a_question_is_asked(llava, data, tmp_path, more, message, capsys):
+def test_what_cannot_be_done_is_said_before_a_model_is_read(llava, data, tmp_path, more, message, capsys, monkeypatch):
+    monkeypatch.setattr("gracekit.recipe.answering.load", None)
     assert main(arguments(llava, data, tmp_path / "new", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new" / "answers.jsonl").exists()

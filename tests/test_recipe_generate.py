@@ -163,7 +163,8 @@ def test_what_cannot_be_done_is_one_line(tmp_path, picture, capsys):
         ([folder, "--temperature", "1e-40"], "temperature must be 0 or at least 0.001, got 1e-40"),
         ([folder, "--max-new-tokens", "9999"], "max_length must be at most the model's 256 positions"),
         ([folder, "--image", str(tmp_path / "none.png")], "none.png"),
-        ([folder, "--int4"], "group_size"),
+        ([folder, "--int4"], "group_size must divide in_features, got group_size=128"),
+        ([folder, "--int4", "--group-size", "16"], "needs group_size in (32, 64, 128, 256), got group_size=16"),
         ([folder, "--seed", "99999999999999999999"], "seed must be at least"),
         ([folder, "--processor", str(tmp_path / "none")], "processor must be a folder that is there"),
     ):

@@ -156,14 +156,19 @@ def check_layer(layer: nn.Linear, config: LSQConfig, name: str) -> None:
         raise ValueError(
             f"a weight must be an unsharded floating nn.Parameter, got {_kind(weight)} of {weight.dtype} ({name})"
         )
-    if layer.in_features % config.group_size or not layer.in_features:
-        raise ValueError(
-            f"group_size must divide in_features, got group_size={config.group_size} and in_features={layer.in_features} ({name})"
-        )
+    check_groups(layer, config, name)
     if weight.is_meta:
         raise ValueError(f"a weight must have values to choose its scales from, got one on the meta device ({name})")
     if not bool(weight.isfinite().all()):
         raise ValueError(f"a weight must be finite, got NaN or infinity ({name})")
+
+
+def check_groups(layer: nn.Linear, config: LSQConfig, name: str) -> None:
+    """Raise unless a layer's inputs are whole groups."""
+    if layer.in_features % config.group_size or not layer.in_features:
+        raise ValueError(
+            f"group_size must divide in_features, got group_size={config.group_size} and in_features={layer.in_features} ({name})"
+        )
 
 
 def check_alone(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:

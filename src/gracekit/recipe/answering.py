@@ -10,12 +10,15 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig
 
+from gracekit._structure import decoder_linears
 from gracekit.quant import LSQConfig, convert, load_qat, quantize_rtn
-from gracekit.quant.deploy import quantized_layers
+from gracekit.quant.deploy import check_target, quantized_layers, resolve_target
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import read_scale
+from gracekit.quant.qat import check_groups
 from gracekit.quant.scheme import holds_scale
 from gracekit.recipe.batches import ConversationCollator
+from gracekit.recipe.inspect_model import build_on_meta
 from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.quantize import class_of, load
 from gracekit.recipe.questions import Asked
@@ -71,6 +74,17 @@ def check_precision(folder: Path, precision: str) -> None:
     if precision not in (*_PLAIN, "fake", there):
         has = "a plain model (int4-rtn rounds one)" if there == "bf16" else f"one of {there}"
         raise ValueError(f"precision {precision} needs learned scales or packed codes of it, got {has} in {folder}")
+
+
+def check_rounding(folder: Path, device: torch.device, *, group_size: int) -> None:
+    """Raise ValueError unless "int4-rtn" has a kernel for a plain model in groups of that size; its weights are not read."""
+    config = LSQConfig(group_size=group_size)
+    for name, linear in decoder_linears(build_on_meta(folder)).items():
+        check_groups(linear, config, name)
+        scale = torch.empty(1, linear.in_features // group_size, dtype=config.scale_dtype, device=device)
+        target = resolve_target("auto", config.bits, device)
+        shape = (linear.out_features, linear.in_features)
+        check_target(target, name, shape=shape, scale=scale, bits=config.bits, dtype=torch.bfloat16)
 
 
 def load_model(folder: Path, precision: str, device: torch.device, *, group_size: int = 128) -> Any:
