@@ -5,7 +5,9 @@ import math
 import pytest
 import reference
 import torch
-from strategies import labels, normal
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import labels, normal, seeds
 from tolerances import GRADIENT, VALUE
 
 from gracekit import ConfidenceGatedDKD, entropy_gate, gated_dkd, shift_labels
@@ -67,6 +69,18 @@ def test_float32_equals_the_oracle_at_logits_of_1e4(temperature):
     value, gradient = oracle(high_student, high_teacher, target, temperature=temperature)
     torch.testing.assert_close(loss.detach().double(), value, **VALUE[torch.float32])
     torch.testing.assert_close(high_student.grad.double(), gradient, **GRADIENT[torch.float32])
+
+
+@given(seeds, st.floats(-4, 3))
+def test_float32_errs_at_every_temperature_by_no_more_than_is_stated(seed, size):
+    temperature, rounding = min(10**size, 1e3), torch.finfo(torch.float32).eps
+    student = normal(seed, 4, 9, scale=3.0, dtype=torch.float32).requires_grad_()
+    teacher, target = normal(seed + 1, 4, 9, scale=3.0, dtype=torch.float32), torch.tensor([0, 3, 8, 3])
+    loss = gated_dkd(student, teacher, target, temperature=temperature)
+    loss.backward()
+    value, gradient = oracle(student, teacher, target, temperature=temperature)
+    assert abs(loss.item() - value.item()) <= 8 * rounding * (value.item() + temperature**2)
+    assert float((student.grad - gradient).abs().max()) <= 8 * rounding * max(1.0, temperature)
 
 
 def test_a_confidently_wrong_student_gets_its_full_gradient():
@@ -321,8 +335,9 @@ LOGITS, TARGET = torch.zeros(3, 5), torch.tensor([0, 1, 2])
             (LOGITS, LOGITS, TARGET),
             {"temperature": 0.0},
             ValueError,
-            r"temperature must be finite and in \(0, inf\].*0.0",
+            r"temperature must be finite and in \[0.0001, 1000\].*0.0",
         ),
+        ((LOGITS, LOGITS, TARGET), {"temperature": 1e30}, ValueError, r"in \[0.0001, 1000\], got temperature=1e\+30"),
         (
             (LOGITS, LOGITS, TARGET),
             {"temperature": "2"},

@@ -95,6 +95,7 @@ def test_a_file_goes_over_its_preset_and_flags_over_the_file(tmp_path):
         (["--tau", "auto", "--tau_steps", "9", "--max_steps", "9"], "tau_steps must be below the training's 9 steps"),
         (["--preset", "best"], "preset must be one of"),
         (["--losses", "mse"], "losses must be one of"),
+        (["--temperature", "1e30"], "temperature must be finite and in .0.0001, 1000., got temperature=1e.30"),
         (["--tau", "small"], "tau must be a number or 'auto', got tau='small'"),
         (["--max_length", "1"], "max_length must be at least 2, got max_length=1"),
         (["--teacher", ""], "teacher must name a model for losses='grace'"),

@@ -15,6 +15,8 @@ from gracekit._kernels import has_triton
 from gracekit.losses._rows import DKDParameters
 
 BACKENDS = ("auto", "torch", "triton")
+# Beyond, float32 holds nothing of logits / T, or of a loss that is T^2 times a difference near 0.
+_TEMPERATURES = (1e-4, 1e3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class DKDConfig:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_real("temperature", self.temperature, low=0.0, open_low=True)
+        check_real("temperature", self.temperature, low=_TEMPERATURES[0], high=_TEMPERATURES[1])
         check_real("alpha", self.alpha, low=0.0)
         check_real("beta", self.beta, low=0.0)
         check_choice("gate", self.gate, ("entropy", None))

@@ -109,7 +109,7 @@ def gated_dkd(
         student_logits: (..., V), any floating dtype; the gradient has this dtype.
         teacher_logits: (..., V); no gradient reaches it.
         labels: (...), integers in [0, V) or ``ignore_index``.
-        temperature: T > 0 of both softmaxes.
+        temperature: T of both softmaxes, in [1e-4, 1e3]; the value's rounding error in float32 grows as T^2, the gradient's as T.
         alpha: weight of the target-class part, at least 0.
         beta: weight of the part over the other classes, at least 0.
         gate: ``"entropy"``, or None for plain DKD (every gate is 1).
@@ -160,7 +160,7 @@ class ConfidenceGatedDKD(nn.Module):
     """Confidence-gated decoupled distillation as a module: :func:`gated_dkd` with its options stored.
 
     Args:
-        temperature: T > 0 of both softmaxes.
+        temperature: T of both softmaxes, in [1e-4, 1e3]; the value's rounding error in float32 grows as T^2, the gradient's as T.
         alpha: weight of the target-class part, at least 0.
         beta: weight of the part over the other classes, at least 0.
         gate: ``"entropy"``, or None for plain DKD.

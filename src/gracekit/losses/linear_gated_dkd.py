@@ -89,7 +89,7 @@ def linear_gated_dkd(
         teacher_hidden: (..., d_T); no gradient reaches the teacher.
         teacher_weight: (V_T, d_T).
         labels: (...), integers in [0, V) or ``ignore_index``, aligned with the hidden states.
-        temperature: T > 0 of both softmaxes.
+        temperature: T of both softmaxes, in [1e-4, 1e3]; the value's rounding error in float32 grows as T^2, the gradient's as T.
         alpha: weight of the target-class part, at least 0.
         beta: weight of the part over the other classes, at least 0.
         gate: ``"entropy"``, or None for plain DKD.
@@ -153,7 +153,7 @@ class LinearGatedDKD(nn.Module):
     """:func:`linear_gated_dkd` as a module, with its options stored.
 
     Args:
-        temperature: T > 0 of both softmaxes.
+        temperature: T of both softmaxes, in [1e-4, 1e3]; the value's rounding error in float32 grows as T^2, the gradient's as T.
         alpha: weight of the target-class part, at least 0.
         beta: weight of the part over the other classes, at least 0.
         gate: ``"entropy"``, or None for plain DKD.
