@@ -217,6 +217,15 @@ def check_target(
     check_cast(target, name, scale, dtype)
 
 
+def check_plain(
+    target: str, name: str, layer: nn.Linear, config: LSQConfig, *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Do :func:`check_target` for a layer on ``device`` that is not quantised yet; its values are not looked at."""
+    scale = torch.ones(1, layer.in_features // config.group_size, dtype=config.scale_dtype, device=device)
+    shape = (layer.out_features, layer.in_features)
+    check_target(target, name, shape=shape, scale=scale, bits=config.bits, dtype=dtype)
+
+
 def check_cast(target: str, name: str, scale: Tensor, dtype: torch.dtype | None) -> None:
     """Raise, naming the layer, where scales cannot go into ``dtype``, which the model is to be cast to, unchanged."""
     if dtype is not None and not holds_scale(dtype, scale):

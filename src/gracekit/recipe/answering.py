@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from gracekit._structure import decoder_linears
 from gracekit.quant import LSQConfig, convert, load_qat, quantize_rtn
-from gracekit.quant.deploy import check_target, quantized_layers, resolve_target
+from gracekit.quant.deploy import check_plain, quantized_layers, resolve_target
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import read_scale
 from gracekit.quant.qat import check_groups
@@ -62,8 +62,8 @@ def _packed_width(settings: dict[str, Any], folder: Path) -> str:
     return str(found[0])
 
 
-def check_precision(folder: Path, precision: str) -> None:
-    """Raise ValueError unless a folder can be run in a precision of :func:`load_model`."""
+def check_precision(folder: Path, precision: str, device: torch.device, *, group_size: int) -> None:
+    """Raise ValueError unless a folder can be run as :func:`load_model` is asked to; no weight is read."""
     there = precision_of(folder)
     learned = (folder / SCALES_FILE).is_file()
     if precision in _PLAIN and there != "bf16":
@@ -74,17 +74,12 @@ def check_precision(folder: Path, precision: str) -> None:
     if precision not in (*_PLAIN, "fake", there):
         has = "a plain model (int4-rtn rounds one)" if there == "bf16" else f"one of {there}"
         raise ValueError(f"precision {precision} needs learned scales or packed codes of it, got {has} in {folder}")
-
-
-def check_rounding(folder: Path, device: torch.device, *, group_size: int) -> None:
-    """Raise ValueError unless "int4-rtn" has a kernel for a plain model in groups of that size; its weights are not read."""
-    config = LSQConfig(group_size=group_size)
-    for name, linear in decoder_linears(build_on_meta(folder)).items():
-        check_groups(linear, config, name)
-        scale = torch.empty(1, linear.in_features // group_size, dtype=config.scale_dtype, device=device)
+    if precision == "int4-rtn":
+        config = LSQConfig(group_size=group_size)
         target = resolve_target("auto", config.bits, device)
-        shape = (linear.out_features, linear.in_features)
-        check_target(target, name, shape=shape, scale=scale, bits=config.bits, dtype=torch.bfloat16)
+        for name, linear in decoder_linears(build_on_meta(folder)).items():
+            check_groups(linear, config, name)
+            check_plain(target, name, linear, config, device=device, dtype=torch.bfloat16)
 
 
 def load_model(folder: Path, precision: str, device: torch.device, *, group_size: int = 128) -> Any:
@@ -100,7 +95,7 @@ def load_model(folder: Path, precision: str, device: torch.device, *, group_size
     Raises:
         ValueError: the folder has not what the precision needs, or a layer does not fit the kernel.
     """
-    check_precision(folder, precision)
+    check_precision(folder, precision, device, group_size=group_size)
     model: Any
     if precision not in (*_PLAIN, "fake") and not (folder / SCALES_FILE).is_file():
         model = class_of(folder)[0].from_pretrained(folder, dtype="auto").eval().to(device)

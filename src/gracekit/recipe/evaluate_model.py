@@ -25,7 +25,6 @@ from gracekit.recipe.answering import (
     PRECISIONS,
     answer,
     check_precision,
-    check_rounding,
     load_model,
     precision_of,
     processor_of,
@@ -197,9 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_int(name, getattr(given, name), low=1)
         device = RunConfig(device=given.device).torch_device()
         given.precision = given.precision or precision_of(given.folder)
-        check_precision(given.folder, given.precision)
-        if given.precision == "int4-rtn":
-            check_rounding(given.folder, device, group_size=given.group_size)
+        check_precision(given.folder, given.precision, device, group_size=given.group_size)
         settings = describe(given)
         open_answers(given.output, settings)  # before any work: may it be written to?
         processor = processor_of(given.folder, given.processor)

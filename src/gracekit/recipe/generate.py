@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from gracekit._checks import check_int, check_real
 from gracekit.inference import Generation
 from gracekit.inference import generate as generate_tokens
-from gracekit.recipe.answering import check_rounding, load_model, precision_of, processor_of
+from gracekit.recipe.answering import load_model, precision_of, processor_of
 from gracekit.recipe.batches import ConversationCollator
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.experiment import kernel_name
@@ -137,8 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {given.temperature:g}")
         device = RunConfig(device=given.device).torch_device()
         precision = precision_of(given.folder, int4=given.int4)
-        if precision == "int4-rtn":
-            check_rounding(given.folder, device, group_size=given.group_size)
         processor = processor_of(given.folder, given.processor)
         model = load_model(given.folder, precision, device, group_size=given.group_size).eval()
         said = answer(

@@ -20,7 +20,7 @@ from torch import nn
 from gracekit._coverage import EXPECTED_SHARE
 from gracekit._structure import find_decoder, find_output_head
 from gracekit.quant import LSQConfig
-from gracekit.quant.deploy import check_target
+from gracekit.quant.deploy import check_plain
 from gracekit.vlm import Coverage, VisualTokenTap, coverage, language_linears
 from gracekit.vlm.families import placeholder_id
 
@@ -221,10 +221,8 @@ def _obstacles(linears: dict[str, nn.Linear], covered: Coverage, config: LSQConf
 
 def _cpu(linear: nn.Linear, config: LSQConfig) -> list[str]:
     """Why the kernel of the CPU, the stricter one, could not hold a layer."""
-    scale = torch.ones(1, linear.in_features // config.group_size, dtype=config.scale_dtype)
-    shape = (linear.out_features, linear.in_features)
     try:
-        check_target("cpu", "", shape=shape, scale=scale, bits=config.bits, dtype=torch.bfloat16)
+        check_plain("cpu", "", linear, config, device=torch.device("cpu"), dtype=torch.bfloat16)
     except ValueError as error:
         return [str(error).removesuffix(" ()")]
     return []
