@@ -1,6 +1,8 @@
-"""Sums over the ranks of the default process group."""
+"""Sums over the ranks of the default process group, and its end."""
 
 from __future__ import annotations
+
+import gc
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,3 +20,14 @@ def all_sum(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total
+
+
+def leave_group() -> None:
+    """Destroy the default process group, if there is one, with all that uses it gone.
+
+    A group that lives on until the interpreter is taken down has threads that then may abort the process, whose work is done;
+    and it does live on while DistributedDataParallel's cycles of references keep it.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()

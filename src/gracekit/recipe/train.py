@@ -18,6 +18,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import ProgressCallback
 
+from gracekit._distributed import leave_group
 from gracekit.quant import coverage, load_qat, prepare_qat, save_qat
 from gracekit.quant.formats.trained import SCALES_FILE
 from gracekit.quant.lsq import LSQFakeQuantizer
@@ -217,4 +218,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("Interrupted; the same command goes on from the last checkpoint.")
         return 130
+    leave_group()  # not after an error, which the other ranks may not have: they would be waited for
     return 0
