@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks on this machine; an assertion that fails on a rank fails the test."""
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -25,6 +26,10 @@ def _rank(rank: int, world: int, file: str, function: Callable[[int, int], None]
 
 
 def run_ranks(function: Callable[[int, int], None], world: int = 2) -> None:
-    """``function(rank, world)`` must be importable: a top-level function of a test module."""
+    """``function(rank, world)`` must be importable: a top-level function of a test module.
+
+    Ranks are forked from a process that has imported what they need, and has done nothing else.
+    """
+    multiprocessing.set_forkserver_preload(["gracekit.recipe.train"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, f"{folder}/store", function), nprocs=world)
+        mp.start_processes(_rank, (world, f"{folder}/store", function), nprocs=world, start_method="forkserver")
