@@ -154,12 +154,24 @@ def test_no_image_left_gives_zero_attached_to_the_graph():
         assert (tokens.grad == 0).all()
 
 
-def test_zero_tokens_are_harmless():
-    tokens = normal(1, 6, 5).requires_grad_()
-    blank = torch.cat((tokens[:5], torch.zeros(1, 5, dtype=tokens.dtype)))
-    loss = RelationalCKA()(blank, normal(2, 6, 6))
-    loss.backward()
-    assert tokens.grad.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_of_zeros_has_no_direction_and_no_gradient(dtype):
+    """It stays where it is among the others; a step towards any direction would be as good as one away from it."""
+    tokens, teacher = normal(1, 6, 5, dtype=dtype), normal(2, 6, 6, dtype=dtype)
+    tokens[2] = 0
+    units = torch.where((tokens == 0).all(1, keepdim=True), 0, tokens / tokens.norm(dim=1, keepdim=True))
+    expected = reference.cka(units.double(), torch.nn.functional.normalize(teacher.double(), dim=1), normalize=False)
+    value = cka(tokens.requires_grad_(), teacher)
+    value.backward()
+    torch.testing.assert_close(value.detach().double(), expected, **VALUE[dtype])
+    assert (tokens.grad[2] == 0).all()
+    assert 0 < tokens.grad.norm() < 10
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-9, 1e18])
+def test_the_size_of_normalised_tokens_changes_nothing(size):
+    x, y = normal(1, 12, 5, dtype=torch.float32), normal(2, 12, 7, dtype=torch.float32)
+    torch.testing.assert_close(cka(size * x, y / size), cka(x, y), **VALUE[torch.float32])
 
 
 def test_a_list_and_a_tensor_of_lengths_agree():
@@ -311,4 +323,10 @@ def test_a_token_that_is_not_finite_shows_in_the_loss_and_in_its_own_image_alone
 def test_a_token_that_is_not_finite_leaves_the_loss_with_an_image_that_is_too_small():
     x, y = normal(1, 9, 5), normal(2, 9, 6)
     x[0, 0] = math.nan
-    torch.testing.assert_close(RelationalCKA()(x, y, [3, 6]), 1 - cka(x[3:], y[3:]))
+    x.requires_grad_()
+    for lengths, size in (([3, 6], 9), ([3, 3], 6)):
+        loss = RelationalCKA()(x[:size], y[:size], lengths)
+        torch.testing.assert_close(loss, 1 - cka(x[3:], y[3:]) if size == 9 else torch.zeros_like(loss))
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert (gradient[:3] == 0).all()
+        assert gradient.isfinite().all()

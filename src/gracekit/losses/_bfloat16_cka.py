@@ -36,7 +36,7 @@ def product(a_BNM: Tensor, b_BMK: Tensor) -> Tensor:
 
 
 def _inverse(square: Tensor) -> Tensor:
-    return torch.where(square > 0, square.clamp_min(1e-24).rsqrt(), 0.0)
+    return torch.where(square > 0, square.rsqrt(), 0.0)
 
 
 def is_defined(xx_B: Tensor, yy_B: Tensor, collapsed: float) -> Tensor:

@@ -25,6 +25,18 @@ class ImageBatch(NamedTuple):
     mask_BN: Tensor | None  # None: every token counts
     counts_B: Tensor | None
 
+    def without_short_images(self, least: int) -> ImageBatch:
+        """Return the batch with none of the tokens of images of fewer than ``least``, which so reach no gradient either."""
+        counts_B, mask_BN = self.counts_B, self.mask_BN
+        if counts_B is None or mask_BN is None:
+            images, tokens = self.x_BND.shape[:2]
+            if tokens >= least:
+                return self
+            counts_B = torch.full((images,), tokens, device=self.x_BND.device)
+            mask_BN = torch.ones(images, tokens, dtype=torch.bool, device=self.x_BND.device)
+        counted_B = counts_B >= least
+        return self._replace(mask_BN=mask_BN & counted_B[:, None], counts_B=torch.where(counted_B, counts_B, 0))
+
 
 def as_batches(
     student: Tensor, teacher: Tensor, lengths: Sequence[int] | Tensor | None, mask: Tensor | None
@@ -104,17 +116,20 @@ def _unpack(student: Tensor, teacher: Tensor, counts: list[int]) -> list[ImageBa
         if all(length == mask.shape[1] for length in found):
             batches.append(ImageBatch(x_BND, y_BND, None, None))
         else:
-            counts_B = torch.tensor(found, dtype=torch.long)
-            batches.append(ImageBatch(x_BND, y_BND, _beside(student, mask), _beside(student, counts_B)))
+            batches.append(ImageBatch(x_BND, y_BND, _beside(student, mask), _beside(student, _on_host(found))))
     return batches
 
 
 def _places(lengths: list[int], ends: list[int]) -> tuple[Tensor, Tensor]:
     """Return, on the host, the packed token of every place (B, N) of a batch, and which places count, by where its images end."""
-    counts_B1, ends_B1 = (torch.tensor(numbers, dtype=torch.long)[:, None] for numbers in (lengths, ends))
-    size = max(lengths) if lengths else 0
-    mask_BN = torch.arange(size) < counts_B1
-    return torch.where(mask_BN, ends_B1 - counts_B1 + torch.arange(size), 0), mask_BN
+    counts_B1, ends_B1 = (_on_host(numbers)[:, None] for numbers in (lengths, ends))
+    place_N = torch.arange(max(lengths) if lengths else 0, device="cpu")
+    mask_BN = place_N < counts_B1
+    return torch.where(mask_BN, ends_B1 - counts_B1 + place_N, 0), mask_BN
+
+
+def _on_host(numbers: list[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 def _similar(counts: list[int]) -> list[list[int]]:

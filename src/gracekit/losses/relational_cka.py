@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, reduce
 from torch import Tensor, nn
 
@@ -149,15 +148,12 @@ class RelationalCKA(nn.Module):
 
     def _sums(self, batch: ImageBatch, on_tensor_cores: bool) -> tuple[Tensor, Tensor]:
         """Return the sum of 1 - CKA over the images of a batch that count, and how many do."""
-        some = len(batch.x_BND) > 0 and batch.x_BND.shape[1] >= self.min_tokens
+        batch = batch.without_short_images(self.min_tokens)
+        some = len(batch.x_BND) > 0 and batch.x_BND.shape[1] > 0
         if some and on_tensor_cores and self.normalize and self.estimator == "biased":
             similarity_B, defined_B = _bfloat16_similarity(batch)
         else:
             similarity_B, defined_B = _similarity(*batch, self.estimator, self.normalize)
-        if batch.counts_B is not None:
-            defined_B = defined_B & (batch.counts_B >= self.min_tokens)
-        elif batch.x_BND.shape[1] < self.min_tokens:
-            defined_B = torch.zeros_like(defined_B)
         return torch.where(defined_B, 1.0 - similarity_B, 0.0).sum(), defined_B.sum()
 
     def extra_repr(self) -> str:
@@ -189,7 +185,7 @@ def _centred(tokens_BND: Tensor, batch: ImageBatch, normalize: bool) -> Tensor:
     tokens_BND = tokens_BND.to(dtype)
     if batch.mask_BN is None:
         if normalize:
-            tokens_BND = F.normalize(tokens_BND, dim=-1)
+            tokens_BND = _unit(tokens_BND)
         centred_BND = tokens_BND - tokens_BND.mean(1, keepdim=True)
         return centred_BND if normalize else _to_size_one(centred_BND, tokens_BND)
     assert batch.counts_B is not None
@@ -197,10 +193,17 @@ def _centred(tokens_BND: Tensor, batch: ImageBatch, normalize: bool) -> Tensor:
     # Before the mathematics: a NaN in a padded row must reach neither value nor gradient.
     tokens_BND = tokens_BND.masked_fill(~keep_BN1, 0.0)
     if normalize:
-        tokens_BND = F.normalize(tokens_BND, dim=-1)
+        tokens_BND = _unit(tokens_BND)
     mean_B1D = tokens_BND.sum(1, keepdim=True) / batch.counts_B.clamp_min(1)[:, None, None]
     centred_BND = (tokens_BND - mean_B1D).masked_fill(~keep_BN1, 0.0)
     return centred_BND if normalize else _to_size_one(centred_BND, tokens_BND)
+
+
+def _unit(tokens_BND: Tensor) -> Tensor:
+    """Divide every token by its l2 norm. A token of zeros stays one, without gradient: it is no nearer to any direction."""
+    norm_BN1 = torch.linalg.vector_norm(tokens_BND, dim=-1, keepdim=True)
+    is_zero = norm_BN1 == 0
+    return torch.where(is_zero, 0.0, tokens_BND / torch.where(is_zero, 1.0, norm_BN1))
 
 
 def _to_size_one(centred_BND: Tensor, tokens_BND: Tensor) -> Tensor:
