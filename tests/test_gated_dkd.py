@@ -1,7 +1,9 @@
 """gated_dkd against a float64 oracle, at its edges, under torch's transformations, and with bad input."""
 
 import math
+from fractions import Fraction
 
+import numpy
 import pytest
 import reference
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import labels, normal, seeds
 from tolerances import GRADIENT, VALUE
+from torch.utils.checkpoint import checkpoint
 
 from gracekit import ConfidenceGatedDKD, entropy_gate, gated_dkd, shift_labels
 from gracekit.losses import _rows, _token_values
@@ -194,6 +197,34 @@ def test_no_gradient_reaches_the_teacher():
     student, teacher = (normal(seed, 3, 5).requires_grad_() for seed in (1, 2))
     gated_dkd(student, teacher, torch.tensor([0, 1, 2])).backward()
     assert teacher.grad is None
+
+
+def test_a_teacher_may_have_run_in_inference_mode():
+    with torch.inference_mode():
+        teacher, target = normal(2, 3, 5), torch.tensor([0, 1, 2])
+    gradients = []
+    for teacher_logits, targets in ((teacher, target), (normal(2, 3, 5), torch.tensor([0, 1, 2]))):
+        student = normal(1, 3, 5).requires_grad_()
+        gradients += torch.autograd.grad(gated_dkd(student, teacher_logits, targets), student)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant):
+    hidden, head = normal(1, 4, 6).requires_grad_(), normal(2, 5, 6)
+
+    def loss(hidden):
+        return gated_dkd(hidden @ head.T, normal(3, 4, 5), torch.tensor([0, 1, 2, -100]))
+
+    (expected,) = torch.autograd.grad(loss(hidden), hidden)
+    checkpoint(loss, hidden, use_reentrant=reentrant).backward()
+    assert torch.equal(hidden.grad, expected)
+
+
+def test_options_are_numbers_of_any_kind():
+    arguments = normal(1, 3, 5), normal(2, 3, 5), torch.tensor([0, 1, 2])
+    given = gated_dkd(*arguments, temperature=Fraction(3, 2), alpha=numpy.float32(0.5), beta=numpy.int64(3))
+    assert torch.equal(given, gated_dkd(*arguments, temperature=1.5, alpha=0.5, beta=3.0))
 
 
 def test_nothing_of_the_logits_size_is_kept_but_the_logits():

@@ -31,13 +31,18 @@ class DKDConfig:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_real("temperature", self.temperature, low=_TEMPERATURES[0], high=_TEMPERATURES[1])
-        check_real("alpha", self.alpha, low=0.0)
-        check_real("beta", self.beta, low=0.0)
         check_choice("gate", self.gate, ("entropy", None))
-        check_int("ignore_index", self.ignore_index, low=-(2**63), high=2**63 - 1)
+        least, most = _TEMPERATURES
+        checked: dict[str, float | int] = {
+            "temperature": check_real("temperature", self.temperature, low=least, high=most),
+            "alpha": check_real("alpha", self.alpha, low=0.0),
+            "beta": check_real("beta", self.beta, low=0.0),
+            "ignore_index": check_int("ignore_index", self.ignore_index, low=-(2**63), high=2**63 - 1),
+        }
         if self.vocab_size is not None:
-            check_int("vocab_size", self.vocab_size, low=2)
+            checked["vocab_size"] = check_int("vocab_size", self.vocab_size, low=2)
+        for name, value in checked.items():  # plain numbers, whatever kind of number was given
+            object.__setattr__(self, name, value)
 
     def describe(self) -> str:
         """Return the fields as keyword arguments."""
@@ -137,6 +142,8 @@ def divisor(name: str, given: Tensor | float | None, own: Tensor) -> Tensor | fl
     if isinstance(given, Tensor):
         if given.numel() != 1:
             raise ValueError(f"{name} must be a number or hold one element, got shape {tuple(given.shape)}")
+        if given.is_complex():
+            raise TypeError(f"{name} must be a real number, got {given.dtype}")
         given = given.detach().reshape(())
         check_not_negative(name, given)
         return torch.where(given <= 0, torch.ones_like(given), given)

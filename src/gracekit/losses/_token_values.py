@@ -80,6 +80,8 @@ def token_values(
     check_aligned("teacher_logits", teacher_logits, labels)
     keep_N, target_N = supervised_targets(labels, config.ignore_index, classes)
     student_NV, teacher_NV = flat_rows(student_logits), flat_rows(teacher_logits.detach())
+    if not torch.compiler.is_compiling() and teacher_NV.is_inference():
+        teacher_NV = teacher_NV.clone()  # of inference mode's tensors autograd can keep a copy alone
     check_not_masked("student_logits", student_NV.detach(), target_N, keep_N)
     check_not_masked("teacher_logits", teacher_NV, target_N, keep_N)
     parameters = config.for_classes(classes)
@@ -127,7 +129,8 @@ class _TokenValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, ce_grad_N: Tensor, dkd_grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        rows, statistics = Rows(*ctx.saved_tensors[:4]), RowStatistics(*ctx.saved_tensors[4:])
+        saved = ctx.saved_tensors  # once: checkpointing computes what it asks for anew
+        rows, statistics = Rows(*saved[:4]), RowStatistics(*saved[4:])
         with torch.no_grad():
             gradient_NV = all_backward(
                 rows,

@@ -123,8 +123,8 @@ def gated_dkd(
 
     Returns:
         A scalar, or (...) with ``reduction="none"``; at least float32. 0, attached to the graph, if no token is
-        supervised. +inf where the student masks (-inf) a class that the teacher gives weight; a class that both
-        mask drops out.
+        supervised. +inf where the student masks (-inf, or 1e22 below its greatest logit) a class that the teacher gives
+        weight; a class that both mask drops out.
 
     Raises:
         TypeError: wrong dtype.
