@@ -97,6 +97,23 @@ def test_state_survives_saving_and_loading_bit_for_bit(options, sequence, cut):
         assert torch.equal(second.state_dict()[name], expected)
 
 
+def test_a_multiplier_from_under_other_bounds_is_brought_within_its_own():
+    far = LagrangianController(initial=4.0)
+    near = LagrangianController(initial=0.5, bounds=(0.1, 0.7))
+    near.load_state_dict(far.state_dict())
+    assert near.multiplier.item() <= 0.7
+    assert near.multiplier.item() == pytest.approx(0.7)
+    with pytest.raises(AttributeError, match="bounds"):
+        near.bounds = (0.1, 9.0)
+
+
+def test_a_controller_can_be_made_under_another_default_device():
+    with torch.device("meta"):
+        controller = LagrangianController()
+    assert controller.multiplier.is_meta
+    assert controller.bounds == (0.1, 5.0)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_skipped_and_counted(bad):
     controller = LagrangianController()
@@ -212,6 +229,8 @@ def test_bad_arguments_of_a_step_are_refused():
     controller = LagrangianController()
     with pytest.raises(ValueError, match=r"value must hold one element, got shape \(2,\)"):
         controller.step(torch.ones(2))
+    with pytest.raises(TypeError, match="value must be a real number, got torch.complex64"):
+        controller.step(torch.tensor(1j))
     with pytest.raises(ValueError, match="reduce must be one of 'mean', 'sum'"):
         controller.step(1.0, reduce="max")
     with pytest.raises(ValueError, match="weight belongs to reduce='mean'"):

@@ -72,8 +72,8 @@ class LagrangianController(nn.Module):
         if not isinstance(bounds, Sequence) or len(bounds) != 2:
             raise ValueError(f"bounds must be (least, greatest), got bounds={bounds!r}")
         low = check_real("bounds[0]", bounds[0], low=0.0)
-        self.bounds = (low, check_real("bounds[1]", bounds[1], low=low))
-        self.initial = check_real("initial", initial, low=self.bounds[0], high=self.bounds[1])
+        self._bounds = (low, check_real("bounds[1]", bounds[1], low=low))
+        self.initial = check_real("initial", initial, low=low, high=self.bounds[1])
         self.ema_decay = check_real("ema_decay", ema_decay, low=0.0, high=1.0)
         if self.ema_decay == 1.0:
             raise ValueError("ema_decay must be below 1, got ema_decay=1.0")
@@ -82,6 +82,11 @@ class LagrangianController(nn.Module):
         self.register_buffer("ema", torch.tensor(math.nan, dtype=torch.float32))
         self.register_buffer("skipped", torch.tensor(0, dtype=torch.long))
         self.register_buffer("saturated_steps", torch.tensor(0, dtype=torch.long))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest multiplier; they stay what they were made."""
+        return self._bounds
 
     @torch.no_grad()
     def step(self, value: Tensor | float, weight: Tensor | float | None = None, *, reduce: str = "mean") -> Tensor:
@@ -136,7 +141,15 @@ class LagrangianController(nn.Module):
             return torch.full_like(self.multiplier, math.inf if beyond else float(value))
         if value.numel() != 1:
             raise ValueError(f"{name} must hold one element, got shape {tuple(value.shape)}")
+        if value.is_complex():
+            raise TypeError(f"{name} must be a real number, got {value.dtype}")
         return value.detach().reshape(()).to(self.multiplier)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load a state; a multiplier that comes from under other bounds is brought within these."""
+        super()._load_from_state_dict(*args, **kwargs)
+        with torch.no_grad():
+            self.multiplier.clamp_(*self._limits)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the module but keep the precision: steps of 1e-3 vanish in bfloat16."""
@@ -154,7 +167,7 @@ class LagrangianController(nn.Module):
 
 def _within_float32(low: float, high: float) -> tuple[float, float]:
     """Return the bounds rounded inwards to float32, so that a float32 between them is between the given ones."""
-    near = torch.tensor((low, high), dtype=torch.float32)
+    near = torch.tensor((low, high), dtype=torch.float32, device="cpu")
     inwards = torch.nextafter(near, near.flip(0))
     rounded_low = (near[0] if near[0].item() >= low else inwards[0]).item()
     rounded_high = (near[1] if near[1].item() <= high else inwards[1]).item()
