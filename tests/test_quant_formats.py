@@ -150,6 +150,8 @@ def test_layers_of_unlike_groups_are_refused(tmp_path, export):
             lambda: prepared(weights("normal", 0, 16, 12, torch.float32, 4), group_size=4),
             r"in_features of whole words, got in_features=12 \(layer\)",
         ),
+        (export_awq, lambda: torch.compile(model_of_two()), "the one inside its wrapper, got OptimizedModule"),
+        (export_compressed_tensors, lambda: nn.DataParallel(model_of_two()), "its wrapper, got DataParallel"),
         (export_awq, lambda: nn.Sequential(nn.Linear(8, 8)), "model must have a quantised layer"),
     ],
 )

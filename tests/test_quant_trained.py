@@ -1,14 +1,17 @@
 """Folders of models in training: save_qat and load_qat."""
 
 import copy
+import functools
 import json
 
+import numpy
 import pytest
 import torch
 from quant_cases import SMALL, Pair
 from safetensors.torch import load_model, save_file
 from tiny_models import llava_batch, tiny_llava, tiny_qwen2_vl
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gracekit.quant import LSQConfig, convert, load_qat, prepare_qat, qat_parameter_groups, save_qat
@@ -115,8 +118,17 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must still train .* got a converted IntxUnpackedToInt8Tensor \(decoder"):
         save_qat(converted, tmp_path)
     assert not any(tmp_path.iterdir())
+    for wrapper in (nn.DataParallel, AveragedModel, functools.partial(torch.compile, backend="eager")):
+        model = Pair()
+        prepare_qat(model, SMALL)
+        with pytest.raises(ValueError, match="model must be the one inside its wrapper, got "):
+            save_qat(wrapper(model), tmp_path)
+    model.lora_A = nn.Linear(4, 2)
+    with pytest.raises(ValueError, match=r"model must have no adapters left .*, got lora_A.weight"):
+        save_qat(model, tmp_path)
+    assert not any(tmp_path.iterdir())
     model = Pair()
-    prepare_qat(model, SMALL)
+    prepare_qat(model, LSQConfig(bits=numpy.int64(4), group_size=numpy.int32(16)))
     save_qat(model, tmp_path)
     with pytest.raises(FileExistsError, match=r"got model.safetensors, learned_scales.safetensors"):
         save_qat(model, tmp_path)

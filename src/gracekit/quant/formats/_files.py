@@ -13,16 +13,21 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
+from gracekit._structure import is_adapter
 from gracekit.quant.deploy import quantized_layers
 from gracekit.quant.int4 import read_bits, read_scale, read_weight
 from gracekit.quant.scheme import QuantizedWeight, holds_scale
 
+_WRAPPERS = (nn.DataParallel, DistributedDataParallel, AveragedModel)
 Packer = Callable[[QuantizedWeight], dict[str, Tensor]]
 
 
 def uniform_layers(model: nn.Module, format_name: str) -> tuple[dict[str, nn.Linear], int, int]:
     """Return the quantised layers with the bits and group size that all of them have, or raise."""
+    check_bare(model)
     layers = quantized_layers(model)
     schemes = {
         name: (read_bits(layer), layer.in_features // read_scale(layer).shape[1]) for name, layer in layers.items()
@@ -87,6 +92,17 @@ def write_checkpoint(
     put_in_place(folder / "model.safetensors", lambda path: save_file(kept, path, metadata={"format": "pt"} | aliases))
     for name, text in texts.items():
         put_in_place(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise where tensors have names that no plain model would take them up by: inside a wrapper, or beside adapters."""
+    if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+        raise ValueError(f"model must be the one inside its wrapper, got {type(model).__name__}")
+    adapter = next((name for name, _ in model.named_parameters() if is_adapter(name)), None)
+    if adapter is not None:
+        raise ValueError(
+            f"model must have no adapters left (PEFT's merge_and_unload() adds them to the weights), got {adapter}"
+        )
 
 
 def check_absent(folder: Path, names: list[str]) -> None:

@@ -21,7 +21,7 @@ from torchao.quantization.qat import FakeQuantizedLinear
 from gracekit._checks import check_module
 from gracekit.quant._modules import swap_modules
 from gracekit.quant.deploy import quantized_layers
-from gracekit.quant.formats._files import check_absent, put_in_place, without_aliases
+from gracekit.quant.formats._files import check_absent, check_bare, put_in_place, without_aliases
 from gracekit.quant.lsq import LSQFakeQuantizer
 from gracekit.quant.qat import check_alone, check_layer, prepare_layer
 from gracekit.quant.scheme import LSQConfig
@@ -41,7 +41,8 @@ def save_qat(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made where it does not exist.
 
     Raises:
-        ValueError: no layer trains with learned scales, or one is converted already, sharded or not finite.
+        ValueError: no layer trains with learned scales, or one is converted already, sharded or not finite; the model is wrapped
+            (as by torch.compile or DistributedDataParallel), or holds low-rank adapters, which must be merged before.
         FileExistsError: the folder holds a model.safetensors or learned_scales.safetensors already.
 
     Example:
@@ -55,6 +56,7 @@ def save_qat(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ['learned_scales.safetensors', 'model.safetensors']
     """
     layers = quantized_layers(model)
+    check_bare(model)
     for name, layer in layers.items():
         if not isinstance(layer, FakeQuantizedLinear):
             kind = type(layer.weight).__name__
