@@ -77,17 +77,22 @@ def test_preparation_keeps_weights_biases_hooks_and_mode():
     layer = nn.Linear(32, 8)
     model = nn.Sequential(layer).eval()
     calls = []
-    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    handles = [
+        layer.register_forward_hook(lambda *_: calls.append("forward")),
+        layer.register_full_backward_pre_hook(lambda *_: calls.append("before")),
+        layer.register_full_backward_hook(lambda *_: calls.append("backward")),
+    ]
     state = torch.get_rng_state()
     prepare_qat(model, SMALL)
     assert torch.equal(torch.get_rng_state(), state)
     assert model[0].weight is layer.weight
     assert model[0].bias is layer.bias
     assert not model[0].training
-    model(torch.ones(1, 32))
-    handle.remove()
-    model(torch.ones(1, 32))
-    assert calls == [1]
+    model(torch.ones(1, 32, requires_grad=True)).sum().backward()
+    for handle in handles:
+        handle.remove()
+    model(torch.ones(1, 32, requires_grad=True)).sum().backward()
+    assert calls == ["forward", "before", "backward"]
 
 
 def test_the_forward_is_the_fake_quantised_weights():
@@ -230,6 +235,18 @@ def half_fitting():
     return nn.Sequential(nn.Linear(32, 32), nn.Linear(24, 32))
 
 
+def without_outputs():
+    model = nn.Sequential(nn.Linear(32, 1))
+    model[0].out_features, model[0].weight = 0, nn.Parameter(torch.empty(0, 32))
+    return model
+
+
+def feed_forward():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    layer.self_attn.out_proj = nn.Identity()  # refused for another reason
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -244,6 +261,8 @@ def half_fitting():
             lambda: quantize_rtn(nn.Sequential(nn.Linear(32, 32)), SMALL, target="reference"),
             r"IntxUnpackedToInt8Tensor \(0\)",
         ),
+        (without_outputs, r"a layer must have outputs, got out_features=0 \(0\)"),
+        (feed_forward, r"got one of an nn.TransformerEncoderLayer, .* \(linear1\)"),
         (lambda: nn.MultiheadAttention(32, 2), r"plain nn.Linear, .* got NonDynamicallyQuantizableLinear \(out_proj\)"),
     ],
 )
@@ -259,6 +278,8 @@ def test_a_model_that_cannot_be_prepared_is_refused_unchanged(make, match, act):
 def test_a_filter_that_takes_nothing_is_refused():
     with pytest.raises(ValueError, match="filter_fn takes, got none in Pair"):
         prepare_qat(Pair(), SMALL, filter_fn=lambda module, name: False)
+    with pytest.raises(TypeError, match="filter_fn must be a function of a module and its name, got 'decoder'"):
+        prepare_qat(Pair(), SMALL, filter_fn="decoder")
 
 
 @pytest.mark.parametrize("act", [prepare_qat, quantize_rtn])

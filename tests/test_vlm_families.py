@@ -63,8 +63,11 @@ def test_low_rank_adapters_are_left_out():
     model = tiny_models.tiny_llava(layers=1)
     attention = model.get_decoder().layers[0].self_attn
     attention.lora_A = nn.Linear(32, 2)
-    assert len(language_linears(model)) == 7
-    assert coverage(model) == coverage(tiny_models.tiny_llava(layers=1))
+    model.get_decoder().layers[0].flora_fusion = nn.Linear(32, 32)  # is none
+    assert len(language_linears(model)) == 8
+    left_out = coverage(model).left_out
+    assert not any("lora_A" in name for name in left_out)
+    assert any("flora_fusion" in name for name in left_out)
 
 
 @pytest.mark.parametrize(("name", "outputs"), [("num_experts", 8), ("num_local_experts", 8), ("num_v_heads", 4)])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from gracekit._structure import find_decoder
+from gracekit._structure import find_decoder, is_adapter
 
 # Dense decoders of 12 families have 98 % or more of their blocks' parameters in linears.
 EXPECTED_SHARE = 0.95
@@ -77,7 +77,7 @@ def coverage_of(model: nn.Module, covered: Callable[[nn.Module], bool]) -> Cover
             full = f"{prefix}.{name}" if prefix else name
             if name == "weight" and covered(module):
                 quantized[full] = parameter.numel()
-            elif not name.endswith("log_scale") and "lora_" not in full:
+            elif not name.endswith("log_scale") and not is_adapter(full):
                 others[full] = parameter.numel()
                 if parameter.ndim == 3 and not isinstance(module, _ConvNd):
                     experts.append(full)

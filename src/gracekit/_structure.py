@@ -32,6 +32,11 @@ def find_output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a full name is that of a low-rank adapter's module or parameter, as PEFT calls them."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return the nn.Linear modules that GRACE quantises, by full name, in module order.
 
@@ -40,7 +45,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     output head. Low-rank adapters (``lora_*``) are left out of both.
     """
     modules = dict(model.named_modules())
-    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and "lora_" not in name}
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and not is_adapter(name)}
     decoder = find_decoder(model)
     if decoder is None:
         head = find_output_head(model)

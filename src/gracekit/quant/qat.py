@@ -35,7 +35,7 @@ def prepare_qat(
 
     Each selected layer computes with :func:`lsq_fake_quantize` of its weight from now on. Initial scales: of 20 candidates evenly
     in [0.3, 1.2] * max|W| / (2^(b-1) - 1) per group the one with the least squared error (GRACE, arXiv 2601.22709); a group of
-    zeros gets 1. Weights, biases, hooks and the training mode stay. Prepare before sharding or compiling the model.
+    zeros gets 1. Weights, biases, forward and backward hooks and the training mode stay. Prepare before sharding or compiling.
 
     Args:
         model: any module that contains nn.Linear layers.
@@ -54,8 +54,8 @@ def prepare_qat(
     Raises:
         TypeError: ``config`` is no LSQConfig.
         ValueError: nothing was selected, or a selected layer cannot be prepared: group_size does not divide its inputs, its
-            weight is shared, on the meta device, not finite or already quantised, or it is no plain nn.Linear. The model is
-            unchanged then.
+            weight is shared or read by another module, on the meta device, not finite or already quantised, or it is no plain
+            nn.Linear. The model is unchanged then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -126,6 +126,8 @@ def qat_parameter_groups(
 def select_layers(model: nn.Module, config: LSQConfig, filter_fn: LayerFilter | None) -> dict[str, nn.Linear]:
     """Return the layers to quantise by full name, each checked, or raise."""
     check_module("model", model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of a module and its name, got {filter_fn!r}")
     if isinstance(model, nn.Linear):
         raise ValueError(
             "model must contain the layers to replace, got an nn.Linear itself (put it into nn.Sequential)"
@@ -165,6 +167,8 @@ def check_layer(layer: nn.Linear, config: LSQConfig, name: str) -> None:
 
 def check_groups(layer: nn.Linear, config: LSQConfig, name: str) -> None:
     """Raise unless a layer's inputs are whole groups."""
+    if not layer.out_features:
+        raise ValueError(f"a layer must have outputs, got out_features=0 ({name})")
     if layer.in_features % config.group_size or not layer.in_features:
         raise ValueError(
             f"group_size must divide in_features, got group_size={config.group_size} and in_features={layer.in_features} ({name})"
@@ -172,9 +176,20 @@ def check_groups(layer: nn.Linear, config: LSQConfig, name: str) -> None:
 
 
 def check_alone(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
-    """Raise where a layer's weight is also a parameter of another module, which would go on without the codes."""
+    """Raise where another module reads a layer's weight, too, and would go on without the codes."""
     owners = parameter_owners(model)
-    for layer in layers.values():
+    passed_by = {
+        linear
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for linear in (module.linear1, module.linear2)
+    }
+    for name, layer in layers.items():
+        if layer in passed_by:
+            raise ValueError(
+                "a layer must be called wherever its weight is used, got one of an nn.TransformerEncoderLayer, which takes the "
+                f"weight itself in its fast path ({name})"
+            )
         holders = owners[id(layer.weight)]
         if len(holders) > 1:
             raise ValueError(

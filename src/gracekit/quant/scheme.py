@@ -67,8 +67,9 @@ class LSQConfig(AOBaseConfig):  # type: ignore[misc]
     scale_dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
-        check_int("bits", self.bits, low=2, high=8)
-        check_int("group_size", self.group_size, low=1)
+        # Plain numbers, whatever kind of integer was given.
+        object.__setattr__(self, "bits", check_int("bits", self.bits, low=2, high=8))
+        object.__setattr__(self, "group_size", check_int("group_size", self.group_size, low=1))
         check_choice("scale_dtype", self.scale_dtype, SCALE_DTYPES)
 
 
