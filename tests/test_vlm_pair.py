@@ -216,6 +216,9 @@ def test_pool_tokens_refuses_what_does_not_fit():
     ]:
         with pytest.raises(ValueError, match=message):
             pool_tokens(tokens, grids, targets)
+    for grids, targets, name in [([6], [(1, 1)], "grids"), (None, [(1, 1)], "grids"), ([(2, 3)], [1], "targets")]:
+        with pytest.raises(TypeError, match=f"{name} must be a sequence of"):
+            pool_tokens(tokens, grids, targets)
 
 
 @pytest.mark.parametrize("name", ["internvl", "idefics3", "smolvlm"])

@@ -2,7 +2,7 @@
 
 Asking a model for all its hidden states keeps every layer alive; a tap keeps the one tensor that is wanted. It stores
 the tensor as the module returned it, without copying, indexing or detaching, so that gradients flow through it as they
-flow through the model.
+flow through the model. What changes it in place afterwards, such as an nn.ReLU(inplace=True), changes what is stored.
 
 Under activation checkpointing a module runs again during the backward pass. That second run is not captured: its tensor
 belongs to a graph that is thrown away.

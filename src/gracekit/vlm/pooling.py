@@ -10,7 +10,7 @@ divide H; for h = H it is the identity. Where h divides H this is ordinary avera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ def pool_tokens(
     """
     _checks.check_floating("tokens", tokens)
     _checks.check_rank("tokens", tokens, (2,), "(sum n, d)")
+    for name, given in (("grids", grids), ("targets", targets)):
+        if not isinstance(given, Collection) or not all(isinstance(grid, Collection) for grid in given):
+            raise TypeError(
+                f"{name} must be a sequence of (rows, columns) or (frames, rows, columns), got {name}={given!r}"
+            )
     if len(grids) != len(targets):
         raise ValueError(f"grids and targets must be as many, got {len(grids)} grids and {len(targets)} targets")
     sources = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
