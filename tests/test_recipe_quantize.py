@@ -1,11 +1,14 @@
 """gracekit quantize and gracekit export, on folders of tiny models."""
 
+import errno
 import json
 
 import pytest
 import reference_quant as reference
 import torch
+from conversation_cases import save_pair
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import llava_batch, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
@@ -139,6 +142,43 @@ def test_a_damaged_checkpoint_is_one_line(folder, capsys):
     weights.write_bytes(weights.read_bytes()[:1000])
     assert main(["quantize", str(folder), "--format", "torchao", "--group-size", "32"]) == 2
     assert "gracekit quantize: error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "generate"])
+def test_a_checkpoint_that_lacks_a_weight_is_not_filled_up_with_random_numbers(tmp_path, capsys, command):
+    folder = tmp_path / "model"
+    options = {"quantize": ["--format", "awq", "--group-size", "32"], "generate": ["--prompt", "a"]}[command]
+    save_pair(folder, "llava", seed=1, vocab_size=304)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight") and "language_model" in name)
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main([command, str(folder), *options]) == 2
+    said = capsys.readouterr().err
+    assert "files of weights must be whole, got" in said
+    assert name.removesuffix(".weight").rpartition(".")[2] in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["torchao", "torchao-reference", "compressed-tensors"])
+def test_a_writing_that_fails_or_is_cut_leaves_nothing_under_the_outputs_name(folder, tmp_path, form, monkeypatch):
+    """Fails at the last files, those that lie beside the weights; what a killed process left behind is in nobody's way."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (tmp_path / ".out.gracekit-part").mkdir()
+    (tmp_path / ".out.gracekit-part" / "config.json").write_text("{}")
+    arguments = ["quantize", str(folder), "--format", form, "--group-size", "32", "--output", str(output)]
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gracekit.recipe.quantize.shutil.copyfile", full)
+        assert main(arguments) == 2
+    assert not files(output)
+    assert main(arguments) == 0
+    assert files(output) >= {"model.safetensors", "config.json", "tokenizer.json"}
+    assert files(tmp_path) == {"model", "out"}
 
 
 def test_a_folder_in_use_and_a_quantised_model_are_refused(folder, tmp_path, capsys):

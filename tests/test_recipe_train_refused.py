@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava
 from train_cases import arguments, refused, write_home
 from transformers import AutoConfig
@@ -111,7 +112,19 @@ def test_a_model_whose_weights_are_not_whole_and_plain_is_refused(home, tmp_path
     shutil.copytree(home / f"llava-{side}", other)
     weights = (other / "model.safetensors").read_bytes()
     (other / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    assert f"{side} must have whole files of weights" in refused(home, tmp_path, capsys, f"--{side}", other)
+    message = refused(home, tmp_path, capsys, f"--{side}", other)
+    assert (
+        f"{side} must be a model that transformers reads, with its processor, got '{other}': files of weights"
+        in message
+    )
+    tensors = load_file(home / f"llava-{side}" / "model.safetensors")
+    name = min(tensors)
+    for damaged, said in (
+        ({key: value for key, value in tensors.items() if key != name}, "without 1 ("),
+        (tensors | {name: tensors[name][:-1].contiguous()}, "must have the shape"),
+    ):
+        save_file(damaged, other / "model.safetensors", metadata={"format": "pt"})
+        assert said in refused(home, tmp_path, capsys, f"--{side}", other)
     settings = json.loads((other / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "torchao"}
     (other / "config.json").write_text(json.dumps(settings))

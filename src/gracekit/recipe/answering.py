@@ -22,6 +22,7 @@ from gracekit.recipe.inspect_model import build_on_meta
 from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.quantize import class_of, load
 from gracekit.recipe.questions import Asked
+from gracekit.recipe.weights import read_model
 
 PRECISIONS = ("bf16", "fp32", "fake", "int4-rtn", "int4", "int8")
 ENGINES = ("transformers", "gracekit")
@@ -98,7 +99,7 @@ def load_model(folder: Path, precision: str, device: torch.device, *, group_size
     check_precision(folder, precision, device, group_size=group_size)
     model: Any
     if precision not in (*_PLAIN, "fake") and not (folder / SCALES_FILE).is_file():
-        model = class_of(folder)[0].from_pretrained(folder, dtype="auto").eval().to(device)
+        model = read_model(class_of(folder)[0], folder, dtype="auto").eval().to(device)
         return _deployed(model)
     model = load(folder)
     if precision in _PLAIN:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gracekit._structure import find_output_head
@@ -19,6 +18,7 @@ from gracekit.recipe.conversations import Record, open_images
 from gracekit.recipe.processors import ConversationProcessor, load_processor
 from gracekit.recipe.sharding import zero_stage
 from gracekit.recipe.train_config import TrainConfig
+from gracekit.recipe.weights import read_model
 from gracekit.vlm.families import placeholder_id, require_image_token_id
 
 _SAMPLES = 4  # records whose tokens both sides are compared on
@@ -107,11 +107,8 @@ def _load(side: str, name: str, dtype: torch.dtype, *, weights: bool = True) -> 
     if not weights:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    try:
-        with _named(side, name):
-            return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
-    except SafetensorError as error:
-        raise ValueError(f"{side} must have whole files of weights, got a broken one in {name!r}: {error}") from error
+    with _named(side, name):
+        return read_model(AutoModelForImageTextToText, name, dtype=dtype)
 
 
 def _load_processor(side: str, name: str) -> ConversationProcessor:

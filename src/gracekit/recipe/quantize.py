@@ -30,6 +30,7 @@ from gracekit.quant.formats import awq, compressed_tensors
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import is_quantized
 from gracekit.recipe.progress import quiet, say
+from gracekit.recipe.weights import read_model
 
 EXPORTS = {"compressed-tensors": export_compressed_tensors, "awq": export_awq}
 # Formats, and the widths in bits that each can hold.
@@ -50,13 +51,13 @@ def load(folder: Path) -> Any:
     """Return the model of a folder, of the class that its config.json names, in the dtype it was saved in.
 
     Raises:
-        ValueError: the folder holds no model of transformers.
+        ValueError: the folder holds no model of transformers, or not all of its weights.
     """
     kind, described = class_of(folder)
     if "quantization_config" in described:
         method = described["quantization_config"].get("quant_method")
         raise ValueError(f"the folder must hold a model that is not quantised yet, got one of {method!r} in {folder}")
-    return kind.from_pretrained(folder, dtype="auto").eval()
+    return read_model(kind, folder, dtype="auto").eval()
 
 
 def class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -92,10 +93,22 @@ def trained_folder(run: Path) -> Path:
 def write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype | None) -> None:
     """Write a prepared or converted model in a format, with the files that lie beside it in ``source``.
 
+    All of it is written beside ``output``, a new or empty folder, and renamed.
+
     Raises:
         ValueError: a layer does not fit the format.
-        FileExistsError: ``output`` holds something.
     """
+    part = output.with_name(f".{output.name}.gracekit-part")
+    shutil.rmtree(part, ignore_errors=True)  # of an interrupted writing
+    try:
+        _write(model, source, part, form, dtype)
+        part.replace(output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    say(f"{coverage(model)}. Written: {output}")
+
+
+def _write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype | None) -> None:
     plain = "portable" if form == "torchao" else "reference"
     # AWQ's scales are float16 whatever the other weights are.
     convert(model, plain, dtype=None if form == "awq" else dtype)
@@ -109,7 +122,6 @@ def write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype 
         beside = path.name.endswith(_BESIDE) and not path.name.endswith(_WEIGHTS) and path.name not in _OWN
         if path.is_file() and beside and not (output / path.name).exists():
             shutil.copyfile(path, output / path.name)
-    say(f"{coverage(model)}. Written: {output}")
 
 
 def _cast_others(model: Any, dtype: torch.dtype) -> None:
@@ -200,7 +212,7 @@ def _parser(name: str, metavar: str, folder: str, description: str | None) -> ar
 def _run(name: str, given: argparse.Namespace, act: Any) -> int:
     quiet()
     whole = given.folder.resolve()
-    output = given.output or whole.parent / f"{whole.name}-{given.format}"
+    output = (given.output or whole.parent / f"{whole.name}-{given.format}").resolve()
     try:
         check_empty(output)
         write(act(), given.folder, output, given.format, DTYPES.get(given.dtype))
