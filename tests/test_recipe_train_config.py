@@ -85,6 +85,11 @@ def test_a_file_goes_over_its_preset_and_flags_over_the_file(tmp_path):
     [
         (["--bogus", "1"], "every option must be one of gracekit train, spelt out, got --bogus 1"),
         (["--omeg", "3"], "got --omeg 3"),
+        (["--learning_rate", "nan"], r"learning_rate must be finite and in \[0, inf\], got learning_rate=nan"),
+        (["--adam_beta2", "1"], "adam_beta2 must be below 1"),
+        (["--num_train_epochs", "0"], r"num_train_epochs must be finite and in \(0, inf\]"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size must be at least 1"),
+        (["--gradient_accumulation_steps", "-1"], "gradient_accumulation_steps must be at least 1"),
         (["--preset"], "preset must be one of"),
         (["--preset=best"], "preset must be one of"),
         (["--resume_from_checkpoint", "x"], "resume_from_checkpoint must be left at None .* goes on by itself"),

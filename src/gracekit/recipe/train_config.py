@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from gracekit._checks import check_choice, check_int
+from gracekit._checks import check_choice, check_int, check_real
 from gracekit.quant import LSQConfig
 from gracekit.recipe.config import LOSSES, GraceConfig, option
 from gracekit.recipe.unhonoured import check_honoured, check_reports
@@ -135,6 +135,18 @@ class TrainArguments(TrainingArguments):  # type: ignore[misc]
     report_to: str | None = option("tensorboard", "tensorboard, wandb, trackio, ... or none")
     save_total_limit: int | None = option(2, "checkpoints to keep")
     logging_steps: float = option(10, "optimiser steps between two log entries")
+
+    def __post_init__(self) -> None:
+        # What the optimiser or the loader would refuse when records and models have been read.
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon"):
+            check_real(name, getattr(self, name), low=0.0)
+        for name in ("adam_beta1", "adam_beta2"):
+            if check_real(name, getattr(self, name), low=0.0, high=1.0) == 1.0:
+                raise ValueError(f"{name} must be below 1, got {name}=1.0")
+        check_real("num_train_epochs", self.num_train_epochs, low=0.0, open_low=True)
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            check_int(name, getattr(self, name), low=1)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
