@@ -135,6 +135,18 @@ def test_the_default_output_is_beside_the_folder_however_it_is_named(folder, mon
     assert main(["quantize", ".", "--format", "torchao-reference", "--group-size", "32"]) == 0
     assert (folder.parent / "model-torchao-reference" / "model.safetensors").is_file()
     assert not any(path.is_dir() for path in folder.iterdir())
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert main(["quantize", str(link), "--format", "torchao-reference", "--group-size", "32"]) == 0
+    assert (folder.parent / "link-torchao-reference" / "model.safetensors").is_file()
+
+
+def test_an_output_where_nothing_can_be_written_is_refused_at_once(folder, capsys, monkeypatch):
+    monkeypatch.setattr("gracekit.recipe.quantize.load", None)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    command = ["quantize", str(folder), "--format", "awq", "--output", str(folder.parent / "far" / "away")]
+    assert main(command) == 2
+    assert f"far/away' below '{folder.parent}'" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_one_line(folder, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -138,7 +139,10 @@ def _cast_others(model: Any, dtype: torch.dtype) -> None:
 
 
 def check_empty(output: Path) -> None:
-    """Raise where a folder or a file is in the way."""
+    """Raise where a folder or a file is in the way, or where nothing can be written."""
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"output must be where a folder can be written, got {str(output)!r} below {str(there)!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
 
@@ -211,7 +215,7 @@ def _parser(name: str, metavar: str, folder: str, description: str | None) -> ar
 
 def _run(name: str, given: argparse.Namespace, act: Any) -> int:
     quiet()
-    whole = given.folder.resolve()
+    whole = Path(os.path.abspath(given.folder))  # not what a link leads to: the name is that of the folder as given
     output = (given.output or whole.parent / f"{whole.name}-{given.format}").resolve()
     try:
         check_empty(output)
