@@ -40,6 +40,79 @@ def test_a_teacher_is_not_overwritten(arguments, tmp_path, capsys):
     assert (tmp_path / "it" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("settings", [None, "[]", "{}", "{", '{"output": "it", "steps": 4}'])
+def test_a_folder_of_something_else_is_refused_and_keeps_every_file(arguments, tmp_path, capsys, settings):
+    (tmp_path / "it" / "stages").mkdir(parents=True)
+    for name in ("model.safetensors", "stages/mine.txt"):
+        (tmp_path / "it" / name).write_text("weeks of work")
+    if settings is not None:
+        (tmp_path / "it" / teacher.SETTINGS).write_text(settings)
+    before = contents(tmp_path)
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "output must be a new or empty folder, or one of an interrupted gracekit teacher" in line
+    assert f"got {str(tmp_path / 'it')!r}, which holds something else" in line
+    assert contents(tmp_path) == before
+
+
+def test_a_file_as_output_is_refused(arguments, tmp_path, capsys):
+    (tmp_path / "it").write_text("a letter")
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"got {str(tmp_path / 'it')!r}, which holds something else" in line
+    assert (tmp_path / "it").read_text() == "a letter"
+
+
+def test_an_empty_folder_is_taken(arguments, tmp_path):
+    (tmp_path / "it").mkdir()
+    assert cli.main(arguments) == 0
+
+
+@pytest.fixture
+def interrupted(arguments, monkeypatch):
+    """Arguments of a training that ended between its last step and its answers."""
+
+    def interrupt(*given, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "generate_answers", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(arguments)
+    return arguments
+
+
+def test_an_interrupted_training_goes_on_where_it_was(interrupted, tmp_path, monkeypatch):
+    log = json.loads((tmp_path / "it" / "stages" / "teacher" / "log.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*interrupted, "--output", "it"]) == 0
+    record = json.loads((tmp_path / "it" / "training.json").read_text())
+    assert [entry["loss"] for entry in record["log"]] == [entry["loss"] for entry in log]
+
+
+def test_an_interrupted_training_does_not_go_on_under_other_settings(interrupted, tmp_path, capsys):
+    before = contents(tmp_path)
+    assert cli.main([*interrupted, "--steps", "6", "--seed", "8"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "output must be a new folder or a training with the same settings" in line
+    assert line.endswith("(there -> asked for): seed: 7 -> 8; steps: 4 -> 6")
+    assert contents(tmp_path) == before
+    assert cli.main(interrupted) == 0
+
+
+def test_a_training_that_kept_nothing_does_not_block_its_folder(arguments, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "load_easy_vqa", lambda *given: pytest.fail("begun"))
+        with pytest.raises(pytest.fail.Exception):
+            cli.main([*arguments, "--steps", "6"])
+    assert cli.main(arguments) == 0
+    assert json.loads((tmp_path / "it" / "training.json").read_text())["config"]["steps"] == 4
+
+
 def test_mirroring_changes_images_and_nothing_else():
     split = load_easy_vqa("train", 8)
     tokenizer = teacher.build_tokenizer(text for q in split.questions for text in (q.text, q.answer))

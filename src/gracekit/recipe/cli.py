@@ -69,7 +69,7 @@ def teacher(arguments: Sequence[str] | None = None) -> int:
     try:
         (config,) = parser.parse_args_into_dataclasses(args=arguments)
         train_teacher(config)
-    except (ValueError, TypeError, FileExistsError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"gracekit teacher: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -19,9 +19,11 @@ from gracekit.recipe.data import PackedVqa, VqaSplit, build_tokenizer, load_easy
 from gracekit.recipe.environment import environment
 from gracekit.recipe.evaluate import accuracy, generate_answers
 from gracekit.recipe.models import TEACHER, ModelSize, build_model, parameter_count
+from gracekit.recipe.output_folder import own_settings
 from gracekit.recipe.progress import progress_bars, say
 from gracekit.recipe.stages import Stage, run_stage, write_json
 
+SETTINGS = "gracekit-teacher.json"  # written first: what makes a folder a teacher's
 _RECORD = "training.json"  # written last: what makes a teacher a finished one
 
 
@@ -65,14 +67,38 @@ class MirroredVqa(PackedVqa):
 
 
 def train_teacher(config: TeacherConfig) -> float:
-    """Train a teacher on easy-VQA into ``config.output`` and return its accuracy on the test images."""
-    if (Path(config.output) / _RECORD).exists():
-        raise FileExistsError(
-            f"output must be a new folder or an unfinished training, got a teacher in {config.output!r}"
-        )
+    """Train a teacher on easy-VQA into ``config.output`` and return its accuracy on the test images.
+
+    Raises:
+        FileExistsError: the folder holds a teacher, one that was begun with other settings, or something else.
+    """
+    open_teacher(config)
     train, test = load_easy_vqa("train", config.train_images), load_easy_vqa("test", config.test_images)
     with progress_bars() as bars:
         return fit_teacher(config, train, test, bars, size=TEACHER, packed=MirroredVqa)
+
+
+def open_teacher(config: TeacherConfig) -> None:
+    """Make the folder of a new or interrupted training ready.
+
+    Raises:
+        FileExistsError: it holds a teacher, one that was begun with other settings, or something else.
+    """
+    folder, settings = Path(config.output), asdict(config)
+    there = own_settings(folder / SETTINGS, settings, "an interrupted gracekit teacher") or settings
+    if (folder / _RECORD).exists():
+        raise FileExistsError(
+            f"output must be a new folder or an unfinished training, got a teacher in {config.output!r}"
+        )
+    names = settings.keys() - {"output"}
+    differences = [f"{n}: {there[n]!r} -> {settings[n]!r}" for n in sorted(names) if there[n] != settings[n]]
+    if differences and any(path.is_file() and path.name != SETTINGS for path in folder.rglob("*")):
+        raise FileExistsError(
+            f"output must be a new folder or a training with the same settings, got {config.output!r} with other ones "
+            f"(there -> asked for): {'; '.join(differences)}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, settings)  # also over those of a try that kept nothing
 
 
 def own_teacher(run: RunConfig, train: VqaSplit, test: VqaSplit, folder: Path, bars: Progress) -> Path:
