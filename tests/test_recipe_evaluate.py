@@ -234,6 +234,16 @@ def test_another_model_precision_or_set_in_the_same_folder_is_refused(llava, dat
     assert "holds something" in capsys.readouterr().err
 
 
+def test_answers_whose_kernel_is_not_known_any_more_are_judged_without_it(llava, data, tmp_path, capsys):
+    assert main(arguments(llava, data, tmp_path)) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "kernel.json").unlink()
+    assert main(arguments(llava, data, tmp_path)) == 0
+    assert "; bf16, kernel unknown. Written" in capsys.readouterr().out
+    again = json.loads((tmp_path / "result.json").read_text())
+    assert (again["kernel"], again["scores"]) == (None, result["scores"])
+
+
 def test_a_try_that_got_no_answer_does_not_block_its_folder(llava, data, tmp_path, capsys):
     """A mistyped model, then bad records, then the right command, all with one output."""
     records = json.loads(data.read_text())

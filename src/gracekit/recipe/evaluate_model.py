@@ -89,10 +89,11 @@ def evaluate(
         processor: of the model.
     """
     done = open_answers(output, settings)
+    kernel = output / "kernel.json"
     missing = [asked for asked in questions if asked.key not in done]
     if missing:
         model = load_model(folder, settings["precision"], device, group_size=settings["group_size"])
-        write_json(output / "kernel.json", {"kernel": kernel_name(model)})
+        write_json(kernel, {"kernel": kernel_name(model)})
         with progress_bars() as bars, (output / "answers.jsonl").open("a", encoding="utf-8") as file:
             task = bars.add_task("answer", total=len(questions), completed=len(questions) - len(missing))
             sizes = {name: settings[name] for name in ("batch_size", "max_new_tokens", "engine")}
@@ -107,7 +108,8 @@ def evaluate(
     result = {
         "environment": environment(device),
         "settings": settings,
-        "kernel": json.loads((output / "kernel.json").read_text(encoding="utf-8"))["kernel"],
+        # Without the file nobody knows: the model that would be loaded now may be on another device.
+        "kernel": json.loads(kernel.read_text(encoding="utf-8"))["kernel"] if kernel.is_file() else None,
         "metric": metric,
         "accuracy": mean,
         "standard_error": math.sqrt(math.fsum((score - mean) ** 2 for score in scores)) / len(scores),
@@ -225,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     say(
         f"{100 * result['accuracy']:.2f} % ({given.metric}) of {result['questions']:,} questions, standard error "
-        f"{100 * result['standard_error']:.2f}; {given.precision}, {result['kernel']}. Written: {given.output / 'result.json'}"
+        f"{100 * result['standard_error']:.2f}; {given.precision}, {result['kernel'] or 'kernel unknown'}. "
+        f"Written: {given.output / 'result.json'}"
     )
     return 0
