@@ -244,6 +244,24 @@ def test_answers_whose_kernel_is_not_known_any_more_are_judged_without_it(llava,
     assert (again["kernel"], again["scores"]) == (None, result["scores"])
 
 
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '"text"', '{"model": "mine", "precision": "bf16"}'])
+@pytest.mark.parametrize("name", ["settings.json", "config.json"])
+def test_a_folder_of_something_else_is_refused_and_keeps_every_file(llava, data, tmp_path, capsys, name, text):
+    (tmp_path / name).write_text(text)
+    assert main(arguments(llava, data, tmp_path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "output must be a new or empty folder, or one of gracekit evaluate" in line
+    assert f"got {str(tmp_path)!r}, which holds something else" in line
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: text}
+
+
+def test_a_file_as_output_is_refused(llava, data, tmp_path, capsys):
+    (tmp_path / "out").write_text("a letter")
+    assert main(arguments(llava, data, tmp_path / "out")) == 2
+    assert f"got {str(tmp_path / 'out')!r}, which holds something else" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "a letter"
+
+
 def test_a_try_that_got_no_answer_does_not_block_its_folder(llava, data, tmp_path, capsys):
     """A mistyped model, then bad records, then the right command, all with one output."""
     records = json.loads(data.read_text())

@@ -33,6 +33,7 @@ from gracekit.recipe.bad_records import BAD_RECORDS, count_kinds, left_out
 from gracekit.recipe.config import RunConfig
 from gracekit.recipe.environment import environment
 from gracekit.recipe.experiment import kernel_name
+from gracekit.recipe.output_folder import own_settings
 from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.questions import METRICS, Questions, read_questions
@@ -46,19 +47,18 @@ def open_answers(output: Path, settings: dict[str, Any]) -> dict[tuple[int, int]
         FileExistsError: the folder holds something else, or answers of another model or to another set.
     """
     described, kept = output / "settings.json", output / "answers.jsonl"
+    there = own_settings(described, settings, "gracekit evaluate")
     written = kept.read_bytes() if kept.is_file() else b""
     # What follows the last line break was being written when the run ended.
     whole = written[: written.rfind(b"\n") + 1]
-    if described.is_file():
-        there, asked = (json.loads(text) for text in (described.read_text(encoding="utf-8"), json.dumps(settings)))
+    if there is not None:
+        asked = json.loads(json.dumps(settings))
         different = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
         if different and whole:
             raise FileExistsError(
                 f"output must be a new folder or an evaluation of the same, got {str(output)!r} with another "
                 f"{', '.join(different)}"
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
     output.mkdir(parents=True, exist_ok=True)
     write_json(described, settings)  # also over those of a try that got no answer
     if len(whole) < len(written):
