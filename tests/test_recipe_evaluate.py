@@ -1,19 +1,21 @@
 """gracekit evaluate: its answers are those of generate asked one by one, in each precision, and none is asked twice."""
 
 import json
+import os
 import shutil
 
 import datasets
 import pytest
 import torch
 from conversation_cases import llava_records, save_pair, turns, write_llava, write_pictures
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from gracekit.quant import LSQConfig, convert, load_qat, prepare_qat, quantize_rtn, save_qat
 from gracekit.recipe import evaluate_model
 from gracekit.recipe.answering import load_model
 from gracekit.recipe.cli import main
-from gracekit.recipe.evaluate_model import open_answers
+from gracekit.recipe.kept_answers import open_answers
 from gracekit.recipe.metrics import exact_match
 from gracekit.recipe.processors import load_processor
 from gracekit.recipe.questions import read_questions
@@ -234,14 +236,69 @@ def test_another_model_precision_or_set_in_the_same_folder_is_refused(llava, dat
     assert "holds something" in capsys.readouterr().err
 
 
-def test_answers_whose_kernel_is_not_known_any_more_are_judged_without_it(llava, data, tmp_path, capsys):
-    assert main(arguments(llava, data, tmp_path)) == 0
-    result = json.loads((tmp_path / "result.json").read_text())
-    (tmp_path / "kernel.json").unlink()
-    assert main(arguments(llava, data, tmp_path)) == 0
-    assert "; bf16, kernel unknown. Written" in capsys.readouterr().out
-    again = json.loads((tmp_path / "result.json").read_text())
-    assert (again["kernel"], again["scores"]) == (None, result["scores"])
+def later(path):
+    """As if the file had been written again, a second later."""
+    time = path.stat().st_mtime
+    os.utime(path, (time + 1, time + 1))
+
+
+def test_every_file_of_a_model_that_is_read_decides_its_answers(llava, data, tmp_path, capsys):
+    folder, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(llava, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "README.md").write_text("not read")
+    assert main(arguments(folder, data, output)) == 0
+    (folder / "README.md").write_text("not read either")
+    (folder / "config.json").touch()  # another time, the same content
+    assert main(arguments(folder, data, output)) == 0
+    names = {path.name for path in folder.iterdir()} - {"README.md", "pytorch_model.bin"}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} < names
+    for name in sorted(names):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept + b"\n")
+        assert main(arguments(folder, data, output)) == 2
+        assert capsys.readouterr().err.endswith(f"with another model_files/{name}\n")
+        (folder / name).write_bytes(kept)
+    later(folder / "pytorch_model.bin")
+    assert main(arguments(folder, data, output)) == 2
+    assert capsys.readouterr().err.endswith("with another model_files/pytorch_model.bin\n")
+
+
+def test_a_processor_from_elsewhere_decides_answers_and_weights_beside_it_do_not(llava, data, tmp_path, capsys):
+    shutil.copytree(llava, other := tmp_path / "other")
+    again = arguments(llava, data, tmp_path / "out", "--processor", str(other))
+    assert main(again) == 0
+    later(other / "model.safetensors")
+    assert main(again) == 0
+    with (other / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    assert main(again) == 2
+    assert capsys.readouterr().err.endswith("with another processor_files/chat_template.jinja\n")
+
+
+def test_answers_about_other_pictures_are_refused_under_any_metric(llava, tmp_path, capsys, monkeypatch):
+    data = write_llava(tmp_path / "data", 4, name="test.json")
+    output = tmp_path / "out"
+    assert main(arguments(llava, data, output)) == 0
+    later(data)
+    assert main(arguments(llava, data, output, "--metric", "vqa")) == 0
+    monkeypatch.setattr(evaluate_model, "load_model", lambda *given, **more: pytest.fail("loaded"))
+    record = next(asked.record for asked in read_questions(data) if asked.record.index == 2)
+    later(record.images[0])
+    for metric in ("exact", "vqa"):
+        assert main(arguments(llava, data, output, "--metric", metric)) == 2
+        assert capsys.readouterr().err.endswith(f"with another picture in record 2 ({record.id})\n")
+
+
+def test_another_spelling_of_the_same_paths_is_the_same_evaluation(llava, data, tmp_path, monkeypatch):
+    more = [["--images", str(path), "--processor", str(llava)] for path in (data.parent, ".")]
+    assert main(arguments(llava, data, tmp_path, *more[0])) == 0
+    before = answers(tmp_path)
+    monkeypatch.setattr(evaluate_model, "load_model", lambda *given, **more: pytest.fail("loaded"))
+    monkeypatch.chdir(data.parent)
+    assert main(arguments(os.path.relpath(llava), data.name, tmp_path, *more[1])) == 0
+    assert answers(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "{}", '"text"', '{"model": "mine", "precision": "bf16"}'])
@@ -260,6 +317,16 @@ def test_a_file_as_output_is_refused(llava, data, tmp_path, capsys):
     assert main(arguments(llava, data, tmp_path / "out")) == 2
     assert f"got {str(tmp_path / 'out')!r}, which holds something else" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "a letter"
+
+
+def test_answers_whose_kernel_is_not_known_any_more_are_judged_without_it(llava, data, tmp_path, capsys):
+    assert main(arguments(llava, data, tmp_path)) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "kernel.json").unlink()
+    assert main(arguments(llava, data, tmp_path)) == 0
+    assert "; bf16, kernel unknown. Written" in capsys.readouterr().out
+    again = json.loads((tmp_path / "result.json").read_text())
+    assert (again["kernel"], again["scores"]) == (None, result["scores"])
 
 
 def test_a_try_that_got_no_answer_does_not_block_its_folder(llava, data, tmp_path, capsys):

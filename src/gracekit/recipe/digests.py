@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+# By the ends of their names, a model's weights, and what describes it, its tokenizer, chat template and processor.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _SHOWN = 16  # hexadecimal digits
 _BLOCK = 1 << 20
 
@@ -55,6 +58,18 @@ def weights_digest(name: str) -> str:
     folder = Path(name) if Path(name).is_dir() else Path(str(cached_file(name, "config.json"))).parent
     kinds = ("config.json", "*.index.json", "*.safetensors", "*.bin")
     return files_digest(folder, {file for kind in kinds for file in folder.glob(kind)})
+
+
+def model_files(folder: Path, *, weights: bool = True) -> dict[str, str]:
+    """Return what tells each file of a model's folder from another: content, of weights size and time of change.
+
+    Args:
+        folder: of model and processor.
+        weights: have them too.
+    """
+    found = {path.name: path for path in sorted(folder.glob("*")) if path.is_file()}
+    texts = {name: _content(path) for name, path in found.items() if name.endswith(BESIDE)}
+    return texts | {name: _stamp(path) for name, path in found.items() if weights and name.endswith(WEIGHTS)}
 
 
 def records_digests(records: Iterable[Any]) -> dict[str, str]:

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,40 +30,14 @@ from gracekit.recipe.answering import (
 )
 from gracekit.recipe.bad_records import BAD_RECORDS, count_kinds, left_out
 from gracekit.recipe.config import RunConfig
+from gracekit.recipe.digests import model_files
 from gracekit.recipe.environment import environment
 from gracekit.recipe.experiment import kernel_name
-from gracekit.recipe.output_folder import own_settings
+from gracekit.recipe.kept_answers import open_answers, pictures_of
 from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.progress import progress_bars, quiet, say
 from gracekit.recipe.questions import METRICS, Questions, read_questions
 from gracekit.recipe.stages import write_json
-
-
-def open_answers(output: Path, settings: dict[str, Any]) -> dict[tuple[int, int], str]:
-    """Return the answers that an interrupted evaluation has left in its folder, which is made if absent.
-
-    Raises:
-        FileExistsError: the folder holds something else, or answers of another model or to another set.
-    """
-    described, kept = output / "settings.json", output / "answers.jsonl"
-    there = own_settings(described, settings, "gracekit evaluate")
-    written = kept.read_bytes() if kept.is_file() else b""
-    # What follows the last line break was being written when the run ended.
-    whole = written[: written.rfind(b"\n") + 1]
-    if there is not None:
-        asked = json.loads(json.dumps(settings))
-        different = [name for name in {**there, **asked} if there.get(name) != asked.get(name)]
-        if different and whole:
-            raise FileExistsError(
-                f"output must be a new folder or an evaluation of the same, got {str(output)!r} with another "
-                f"{', '.join(different)}"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(described, settings)  # also over those of a try that got no answer
-    if len(whole) < len(written):
-        os.truncate(kept, len(whole))
-    lines = [json.loads(line) for line in whole.splitlines()]
-    return {(line["record"], line["turn"]): line["answer"] for line in lines}
 
 
 def evaluate(
@@ -87,8 +60,12 @@ def evaluate(
         metric: one of METRICS.
         device: where to answer.
         processor: of the model.
+
+    Raises:
+        FileExistsError: the folder holds something else, or answers of another model, to another set or about other pictures.
     """
     done = open_answers(output, settings)
+    pictures = pictures_of(questions, done, output)
     kernel = output / "kernel.json"
     missing = [asked for asked in questions if asked.key not in done]
     if missing:
@@ -98,12 +75,18 @@ def evaluate(
             task = bars.add_task("answer", total=len(questions), completed=len(questions) - len(missing))
             sizes = {name: settings[name] for name in ("batch_size", "max_new_tokens", "engine")}
             for asked, text in answer(model, processor, missing, **sizes):
-                done[asked.key] = text
-                line = {"record": asked.record.index, "turn": asked.turn, "id": asked.record.id, "answer": text}
+                line = {
+                    "record": asked.record.index,
+                    "turn": asked.turn,
+                    "id": asked.record.id,
+                    "pictures": pictures[asked.record.index],
+                    "answer": text,
+                }
+                done[asked.key] = line
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 bars.advance(task)
-    scores = [asked.score(metric, done[asked.key]) for asked in questions]
+    scores = [asked.score(metric, done[asked.key]["answer"]) for asked in questions]
     mean = math.fsum(scores) / len(scores)
     result = {
         "environment": environment(device),
@@ -128,17 +111,17 @@ def evaluate(
 
 def describe(given: argparse.Namespace) -> dict[str, Any]:
     """Return what must be the same for an evaluation to go on: model, data and how it is asked."""
-    weights = sorted(given.folder.glob("*.safetensors"))
-    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
-    paths = {name: None if (path := getattr(given, name)) is None else str(path) for name in ("images", "processor")}
+    paths = {name: getattr(given, name) for name in ("images", "processor")}
     names = ("precision", "group_size", "batch_size", "max_new_tokens", "engine", "on_bad_record")
     described = {
-        "model": str(given.folder),
-        "weights": stamps,
-        "data": str(given.data),
+        "model": str(given.folder.resolve()),
+        "model_files": model_files(given.folder),
+        "data": str(given.data.resolve()),
         "data_sha256": digest(given.data),
+        **{name: None if path is None else str(path.resolve()) for name, path in paths.items()},
+        "processor_files": {} if given.processor is None else model_files(given.processor, weights=False),
     }
-    return described | paths | {name: getattr(given, name) for name in names}
+    return described | {name: getattr(given, name) for name in names}
 
 
 def digest(data: Path) -> str:

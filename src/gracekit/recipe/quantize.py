@@ -30,6 +30,7 @@ from gracekit.quant import (
 from gracekit.quant.formats import awq, compressed_tensors
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import is_quantized
+from gracekit.recipe.digests import BESIDE, WEIGHTS
 from gracekit.recipe.progress import quiet, say
 from gracekit.recipe.weights import read_model
 
@@ -43,9 +44,8 @@ FORMATS = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # The weights are written anew, and what describes them with them.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+_WEIGHTS = (*WEIGHTS, ".index.json")
 _OWN = ("config.json", "generation_config.json")
-_BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 
 
 def load(folder: Path) -> Any:
@@ -120,7 +120,7 @@ def _write(model: Any, source: Path, output: Path, form: str, dtype: torch.dtype
     else:
         model.save_pretrained(output)
     for path in sorted(source.iterdir()):
-        beside = path.name.endswith(_BESIDE) and not path.name.endswith(_WEIGHTS) and path.name not in _OWN
+        beside = path.name.endswith(BESIDE) and not path.name.endswith(_WEIGHTS) and path.name not in _OWN
         if path.is_file() and beside and not (output / path.name).exists():
             shutil.copyfile(path, output / path.name)
 
