@@ -4,11 +4,13 @@ import json
 import pickle
 
 import datasets
+import numpy as np
 import pytest
 from conversation_cases import drawing, turns, write_llava, write_pictures
 from PIL import Image
 
 from gracekit.recipe.conversations import BadRecordsError, Turn, find_conversations, load_conversations, open_images
+from gracekit.recipe.record_format import RecordError, open_image
 
 GOOD = {"id": "good", "conversations": turns("one ?", "one")}
 TWO_SIDED = [{"role": "user", "content": "one ?"}, {"role": "assistant", "content": "one"}]
@@ -101,6 +103,65 @@ def test_a_broken_picture_in_a_data_set_is_a_bad_record():
     rows = {"messages": [[{**TWO_SIDED[0], "content": "<image>"}, TWO_SIDED[1]]], "image": [{"bytes": b"no picture"}]}
     with pytest.raises(BadRecordsError, match="1 broken image"):
         load_conversations(datasets.Dataset.from_dict(rows, features=features))
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
+def test_sixteen_bits_of_grey_become_eight(name, tmp_path):
+    levels = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / name)
+    expected = np.round(levels / 257)
+    assert expected.tolist() == [[0, 0, 1, 1, 128, 254, 255, 255]]
+    with Image.open(tmp_path / name) as opened:
+        for picture in (tmp_path / name, opened):
+            assert (np.asarray(open_image(picture)) == expected[..., None]).all()
+
+
+def test_integers_of_a_png_are_of_sixteen_bits_in_every_mode(tmp_path):
+    """Earlier Pillows open it in mode I."""
+    Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        picture.load()
+        wide = picture.convert("I")
+    wide.format = "PNG"
+    assert np.asarray(open_image(wide)).tolist() == [[[0] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "integers beyond 16 bits")])
+def test_a_picture_of_unknown_range_is_a_bad_record(dtype, kind, tmp_path):
+    picture = Image.fromarray(np.array([[0, 1]], dtype=dtype))
+    picture.save(tmp_path / "x.tif")
+    for given in (picture, tmp_path / "x.tif"):
+        with pytest.raises(RecordError, match=f"image of unknown range.*must have 8 or 16 bits, got {kind}"):
+            open_image(given)
+    data = write(tmp_path, [{"image": "x.tif", "conversations": turns("<image>\nwhat ?", "that")}])
+    with pytest.raises(BadRecordsError, match="1 image of unknown range"):
+        load_conversations(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+def test_a_picture_is_turned_as_its_exif_says_wherever_it_stands(mode, tmp_path):
+    exif = Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6  # its top is on the right
+    plain = (
+        drawing(0)[0] if mode == "RGB" else Image.fromarray(np.arange(0, 60000, 100, dtype=np.uint16).reshape(20, 30))
+    )
+    plain.save(tmp_path / "x.png", exif=exif)
+    features = datasets.Features(
+        {
+            "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    rows = {
+        "messages": [[{**TWO_SIDED[0], "content": "<image>what ?"}, TWO_SIDED[1]]],
+        "images": [[str(tmp_path / "x.png")]],
+    }
+    made = datasets.Dataset.from_dict(rows, features=features)
+    from_path, opened = open_image(tmp_path / "x.png"), Image.open(tmp_path / "x.png")
+    assert from_path.size == plain.size[::-1]
+    assert from_path.tobytes() == open_image(plain).transpose(Image.Transpose.ROTATE_270).tobytes()
+    for picture in (opened, *load_conversations(made)[0].images):
+        assert open_image(picture).tobytes() == from_path.tobytes()
 
 
 def bad_records(folder):

@@ -21,6 +21,7 @@ from gracekit.recipe.record_format import (
     Record,
     RecordError,
     Turn,
+    check_range,
     encode_record,
     open_images,
     parse_record,
@@ -253,7 +254,10 @@ def _image_problem(image: Path) -> str:
         return f"missing image: {str(image)[:200]!r}: {error.strerror}"
     try:
         with Image.open(image) as file:
+            check_range(file)
             file.verify()
+    except RecordError as error:
+        return str(error)
     except BROKEN_IMAGE as error:
         return f"broken image: {image}: {error}"
     return ""

@@ -7,17 +7,20 @@ Both become the same :class:`Record`, in which a marker stands where an image go
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 IMAGE_MARK = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # What Pillow's decoders raise for files that are no pictures, or broken ones.
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose pixels of mode I are in [0, 65535]
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,42 @@ class RecordError(ValueError):
 
 
 def open_image(image: Any) -> Image.Image:
-    """Return a picture in RGB, decoded; ``image`` is a path or a Pillow image.
+    """Return a picture in RGB, decoded, turned as its EXIF says; ``image`` is a path or a Pillow image.
+
+    16 bits of grey become 8.
 
     Raises:
-        RecordError: a ValueError, for one that cannot be decoded.
+        RecordError: a ValueError, for one that cannot be decoded, and one of floats or wider integers, whose white nobody knows.
     """
     try:
         if isinstance(image, Image.Image):
-            return image.convert("RGB")
+            return _as_rgb(image)
         with Image.open(image) as file:
-            return file.convert("RGB")
+            return _as_rgb(file)
+    except RecordError:
+        raise
     except FileNotFoundError as error:
         raise RecordError("missing image", str(image)) from error
     except BROKEN_IMAGE as error:
         raise RecordError("broken image", f"{image}: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    check_range(image)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # convert would clip at 255 instead
+        upright = Image.fromarray(((np.asarray(upright).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return upright.convert("RGB")
+
+
+def check_range(image: Image.Image) -> None:
+    """Raise RecordError for a picture whose mode does not say what white is; its pixels are not looked at."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS):
+        name = getattr(image, "filename", "") or "a picture"
+        kind = "floats" if image.mode == "F" else "integers beyond 16 bits"
+        raise RecordError(
+            "image of unknown range", f"{name}: pixels must have 8 or 16 bits, got {kind} (mode {image.mode!r})"
+        )
 
 
 def open_images(record: Record) -> list[Image.Image]:
