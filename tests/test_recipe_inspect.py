@@ -141,6 +141,24 @@ def test_what_would_be_refused_is_named_beforehand(tmp_path):
     assert "needs group_size in" in problem
 
 
+def test_a_picture_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, picture, capsys):
+    folder = saved(tmp_path / "m", tiny_models.tiny_llava())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    (tmp_path / "text.png").write_text("no picture")
+    for path, said in (
+        (picture, "could be decompression bomb"),
+        (tmp_path / "text.png", "broken image"),
+        (tmp_path / "none.png", "missing image"),
+        (tmp_path, "broken image"),
+    ):
+        assert main(["inspect", str(folder), "--image", str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("gracekit inspect: error: ")
+        assert said in error
+        assert str(path) in error
+        assert error.count("\n") == 1
+
+
 def test_a_text_model_has_no_visual_tokens(tmp_path):
     config = transformers.LlamaConfig(vocab_size=32, **tiny_models.text_size(32, 2))
     report = inspect_model(saved(tmp_path, transformers.LlamaForCausalLM(config)), config=GROUPS_OF_32)

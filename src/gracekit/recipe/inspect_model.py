@@ -58,8 +58,8 @@ def inspect_model(folder: str | Path, *, image: str | Path | None = None, config
         The report; ``str()`` of it is what the command prints.
 
     Raises:
-        ValueError: the folder holds no configuration, or none of a model that this transformers has.
-        OSError: the picture cannot be read.
+        ValueError: the folder holds no configuration, or none of a model that this transformers has, or the picture cannot be
+            read.
     """
     folder, config = Path(folder), config or LSQConfig()
     model = build_on_meta(folder)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gracekit.recipe.paired_processor import load_image_processor
+from gracekit.recipe.record_format import open_image
 from gracekit.vlm.families import placeholder_id
 from gracekit.vlm.tokens import feature_lengths
 
@@ -53,12 +54,9 @@ def picture_tokens(folder: Path, model: nn.Module, image: Path) -> PictureTokens
         PictureTokens.
 
     Raises:
-        OSError: Pillow cannot read the picture.
+        ValueError: Pillow cannot read the picture.
     """
-    from PIL import Image
-
-    with Image.open(image) as file:
-        picture = file.convert("RGB")
+    picture = open_image(image)
     found = PictureTokens()
     inputs = _by_processor(folder, picture, found) or _by_image_processor(folder, picture, found)
     if "input_ids" in inputs:
