@@ -66,19 +66,30 @@ def run_recipe(config: RecipeConfig, folder: Path) -> dict[str, Any]:
 
 
 def teacher_variant(path: str) -> dict[str, Any]:
-    """Return the row of the teacher: what its own training measured, on all test images."""
-    training = json.loads((teacher_folder(path) / "training.json").read_text(encoding="utf-8"))
-    return {
-        "name": "teacher",
-        "losses": "ce",
-        "precision": FULL,
-        "kernel": "torch",
-        "seed": training["config"]["seed"],
-        "accuracy": training["accuracy"],
-        "questions": training["questions"],
-        "parameters": training["parameters"],
-        "steps": training["config"]["steps"],
-    }
+    """Return the row of the teacher: what its own training measured, on all test images.
+
+    Raises:
+        ValueError: its folder lacks a file, or the record of its training is of something else.
+    """
+    record = teacher_folder(path) / "training.json"
+    try:
+        training = json.loads(record.read_text(encoding="utf-8"))
+        return {
+            "name": "teacher",
+            "losses": "ce",
+            "precision": FULL,
+            "kernel": "torch",
+            "seed": training["config"]["seed"],
+            "accuracy": training["accuracy"],
+            "questions": training["questions"],
+            "parameters": training["parameters"],
+            "steps": training["config"]["steps"],
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"teacher must be a folder that gracekit teacher wrote, got {str(record)!r} without its record: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def train_student(run: Run, student: Student, clock: Clock) -> list[dict[str, Any]]:

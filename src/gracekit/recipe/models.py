@@ -130,10 +130,21 @@ def teacher_folder(path: str) -> Path:
 
 
 def load_teacher(path: str) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
-    """Return a frozen teacher in float32, and its tokenizer."""
+    """Return a frozen teacher in float32, and its tokenizer.
+
+    Raises:
+        ValueError: the folder lacks a file, or one is damaged.
+    """
     folder = teacher_folder(path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    except Exception as error:  # transformers, safetensors and tokenizers have an own one for every kind of damage
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"teacher must be a folder with a saved model, got {str(folder)!r}, which cannot be loaded: "
+            f"{type(error).__name__}: {said}"
+        ) from error
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -7,7 +7,6 @@ as ``<unk>``, and an answer that holds one counts as wrong, because no model can
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,7 +34,7 @@ from gracekit.recipe.data import (
     load_easy_vqa,
     split_words,
 )
-from gracekit.recipe.models import teacher_folder
+from gracekit.recipe.models import load_teacher
 from gracekit.recipe.progress import say
 from gracekit.recipe.record_format import IMAGE_MARK, RecordError, open_image
 from gracekit.recipe.record_sources import open_source
@@ -59,13 +58,12 @@ class BadSplitsError(BadRecordsError):
 
 
 def check_run(run: RunConfig) -> None:
-    """Raise ValueError unless a run's folder has two files of records, and its teacher takes images of the run's size."""
+    """Raise ValueError unless a run's folder has two files of records, and its teacher loads and takes images of the run's size."""
     if run.data:
         for name in SPLITS:
             open_source(_file(Path(run.data), name))
     if run.teacher:
-        described = json.loads((teacher_folder(run.teacher) / "config.json").read_text(encoding="utf-8"))
-        theirs = described["vision_config"]["image_size"]
+        theirs = load_teacher(run.teacher)[0].config.vision_config.image_size
         if theirs != run.image_size:
             raise ValueError(f"image_size must be the teacher's, got {run.image_size} and {theirs} in {run.teacher!r}")
 
