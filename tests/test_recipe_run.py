@@ -1,9 +1,11 @@
 """The whole recipe in seconds: what it writes, that it goes on after a kill, and that it overwrites nothing."""
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 
 import pytest
 from recipe_cases import save_tiny_teacher, tiny_arguments
+from safetensors import SafetensorError
 
 from gracekit.recipe import cli
 from gracekit.recipe.data import load_easy_vqa
@@ -114,6 +117,31 @@ def test_a_folder_with_something_else_in_it_is_refused(teacher, tmp_path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("command", ["recipe", "ablate"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"model_type": "llava", "vision_config": {}}', '{"run": {}, "train": {}, "grace": 1}', "[]", '"x"', "3", "{"],
+)
+def test_a_folder_with_the_configuration_of_something_else_is_refused(teacher, tmp_path, capsys, command, text):
+    (tmp_path / "config.json").write_text(text)
+    assert cli.main([command, *tiny_arguments(teacher, tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"gracekit {command}: error: output must be a new or empty folder, got {str(tmp_path)!r}, which holds something else\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("command", ["recipe", "ablate"])
+def test_a_folder_that_cannot_be_made_is_one_line(teacher, tmp_path, capsys, command):
+    (tmp_path / "file").touch()
+    assert cli.main([command, *tiny_arguments(teacher, tmp_path / "file" / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"gracekit {command}: error: ")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +168,75 @@ def test_a_folder_without_a_teacher_is_refused(tmp_path, capsys):
     assert cli.main(["recipe", "--teacher", str(tmp_path), "--output", str(tmp_path / "new")]) == 2
     assert "teacher must be a folder with a saved model" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["recipe", "ablate"])
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("model.safetensors", "no tensors", "SafetensorError"),
+        ("tokenizer.json", "{", "JSONDecodeError"),
+        ("tokenizer.json", "{}", ""),
+        ("config.json", "[]", ""),
+        ("training.json", "{", "JSONDecodeError"),
+        ("training.json", '{"accuracy": 1}', "KeyError: 'config'"),
+    ],
+)
+def test_a_damaged_teacher_is_refused_before_any_work(teacher, tmp_path, capsys, command, name, text, error):
+    damaged = shutil.copytree(teacher, tmp_path / "teacher")
+    (damaged / name).write_text(text)
+    assert cli.main([command, *tiny_arguments(damaged, tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"gracekit {command}: error: teacher must be a folder ")
+    assert str(damaged) in said
+    assert error in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("recipe", "gracekit.recipe.experiment.run_recipe"),
+        ("ablate", "gracekit.recipe.ablate.run_ablation"),
+        ("teacher", "gracekit.recipe.teacher.train_teacher"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598\nframe #0"),
+    ],
+)
+def test_an_error_of_a_file_in_the_middle_of_the_work_is_one_line(
+    teacher, tmp_path, monkeypatch, capsys, command, work, error
+):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(work, fail)
+    options = ["--output", str(tmp_path)] if command == "teacher" else tiny_arguments(teacher, tmp_path / "run")
+    assert cli.main([command, *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"gracekit {command}: error: {str(error).splitlines()[0]}")
+    assert said.endswith("; the same command goes on from the last checkpoint\n")
+    assert said.count("\n") == 1
+
+
+def test_a_run_whose_disk_was_full_goes_on(teacher, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def full(tensors, path):
+            raise SafetensorError(f"No space left on device: {path}")
+
+        patch.setattr("gracekit.recipe.stages.save_file", full)
+        assert cli.main(["recipe", *tiny_arguments(teacher, output, "--losses", "ce")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert cli.main(["recipe", *tiny_arguments(teacher, output, "--losses", "ce")]) == 0
+    assert len(read(output)["variants"]) == 4
 
 
 @pytest.mark.slow

@@ -19,15 +19,13 @@ import torch
 
 from gracekit._checks import check_choice, check_int
 from gracekit.recipe.ablation_cells import METHODS, pack
-from gracekit.recipe.bad_records import BadRecordsError
 from gracekit.recipe.config import GraceConfig, RecipeConfig, RunConfig, TrainConfig, option
 from gracekit.recipe.data import encode
 from gracekit.recipe.environment import environment
 from gracekit.recipe.experiment import FULL, Student, teacher_variant, train_student
 from gracekit.recipe.gate_ground import gate_ground, rest_share, token_entropy
-from gracekit.recipe.models import teacher_folder
 from gracekit.recipe.progress import progress_bars, quiet, say
-from gracekit.recipe.runs import Clock, Run, open_folder, open_run
+from gracekit.recipe.runs import Clock, Run, attempt, open_folder, open_run
 from gracekit.recipe.stages import only_finite, write_json
 
 _KEPT = ("ce", "kl", "gdkd", "rcka", "beta", "ema", "tau", "saturated_share", "skipped", "rcka_gradient_share")
@@ -203,9 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse(arguments)
     output = Path(config.run.output)
     try:
-        teacher_folder(config.run.teacher)
+        teacher_variant(config.run.teacher)
         finished = open_folder(config) is None
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"gracekit ablate: error: {error}", file=sys.stderr)
         return 2
     if finished:
@@ -215,18 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         missing = [seed for seed in config.ablation.seeds if seed not in done]
         config = replace(config, ablation=replace(config.ablation, seeds=[*done, *missing]))
-    write_json(output / "config.json", config.as_dict())
-    try:
+
+    def work() -> None:
+        write_json(output / "config.json", config.as_dict())
         results = run_ablation(config, output)
-    except BadRecordsError as error:
-        print(f"gracekit ablate: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("Interrupted; the same command goes on from the last checkpoint.")
-        return 130
-    results |= {"comparisons": only_finite(compare(results))}
-    write_report(output, results)
-    # Last, because this file is what makes the ablation a finished one.
-    write_json(output / "results.json", results)
-    say(f"Report: {output / 'ablation.md'}, {output / 'ablation.png'}; results: {output / 'results.json'}")
-    return 0
+        results |= {"comparisons": only_finite(compare(results))}
+        write_report(output, results)
+        # Last, because this file is what makes the ablation a finished one.
+        write_json(output / "results.json", results)
+        say(f"Report: {output / 'ablation.md'}, {output / 'ablation.png'}; results: {output / 'results.json'}")
+
+    return attempt("ablate", work)

@@ -19,21 +19,19 @@ logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 def recipe(arguments: Sequence[str] | None = None) -> int:
     """Run the recipe; 0 when its report stands."""
-    from gracekit.recipe.bad_records import BadRecordsError
     from gracekit.recipe.config import parse
-    from gracekit.recipe.experiment import run_recipe
-    from gracekit.recipe.models import teacher_folder
+    from gracekit.recipe.experiment import run_recipe, teacher_variant
     from gracekit.recipe.progress import quiet, say
     from gracekit.recipe.report import print_table, read_results, write_report
-    from gracekit.recipe.runs import announce, open_folder
+    from gracekit.recipe.runs import announce, attempt, open_folder
     from gracekit.recipe.stages import write_json
 
     quiet()
     config = parse(arguments, "gracekit recipe")
     try:
-        teacher_folder(config.run.teacher)
+        teacher_variant(config.run.teacher)
         folder = open_folder(config)
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         print(f"gracekit recipe: error: {error}", file=sys.stderr)
         return 2
     if folder is None:
@@ -41,20 +39,17 @@ def recipe(arguments: Sequence[str] | None = None) -> int:
         print_table(read_results(config.run.output))
         return 0
     announce(folder)
-    try:
-        results = run_recipe(config, folder)
-    except BadRecordsError as error:
-        print(f"gracekit recipe: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        say("Interrupted; the same command goes on from the last checkpoint.")
-        return 130
-    write_report(folder, results)
-    # Last, because this file is what makes the run a finished one.
-    write_json(folder / "results.json", results)
-    print_table(results)
-    say(f"Report: {folder / 'report.html'}")
-    return 0
+    home = folder
+
+    def work() -> None:
+        results = run_recipe(config, home)
+        write_report(home, results)
+        # Last, because this file is what makes the run a finished one.
+        write_json(home / "results.json", results)
+        print_table(results)
+        say(f"Report: {home / 'report.html'}")
+
+    return attempt("recipe", work)
 
 
 def teacher(arguments: Sequence[str] | None = None) -> int:
@@ -62,17 +57,17 @@ def teacher(arguments: Sequence[str] | None = None) -> int:
     from transformers import HfArgumentParser
 
     from gracekit.recipe.progress import quiet
+    from gracekit.recipe.runs import attempt
     from gracekit.recipe.teacher import TeacherConfig, train_teacher
 
     quiet()
     parser = HfArgumentParser(TeacherConfig, prog="gracekit teacher", description=teacher.__doc__)
     try:
         (config,) = parser.parse_args_into_dataclasses(args=arguments)
-        train_teacher(config)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError) as error:
         print(f"gracekit teacher: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return attempt("teacher", lambda: train_teacher(config))
 
 
 def train(arguments: Sequence[str] | None = None) -> int:

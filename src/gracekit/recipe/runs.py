@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -50,7 +53,7 @@ def open_folder(config: RecipeConfig) -> Path | None:
     folder = Path(config.run.output)
     settings = folder / "config.json"
     if settings.is_file():
-        differences = config.differences(json.loads(settings.read_text(encoding="utf-8")))
+        differences = config.differences(_settings(folder))
         if differences and not _begun(folder):
             write_json(settings, config.as_dict())  # of a run that was refused or left before it kept anything
         elif differences:
@@ -60,10 +63,51 @@ def open_folder(config: RecipeConfig) -> Path | None:
             )
         return None if (folder / "results.json").is_file() else folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output must be a new or empty folder, got {str(folder)!r}, which holds something else")
+        raise _something_else(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(settings, config.as_dict())
     return folder
+
+
+def _settings(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _something_else(folder) from error
+    # Other programs have files of that name too.
+    whole = isinstance(found, dict) and RecipeConfig().as_dict().keys() <= found.keys()
+    if not whole or not all(isinstance(section, dict) for section in found.values()):
+        raise _something_else(folder)
+    return dict(found)
+
+
+def _something_else(folder: Path) -> FileExistsError:
+    return FileExistsError(f"output must be a new or empty folder, got {str(folder)!r}, which holds something else")
+
+
+def attempt(name: str, work: Callable[[], object]) -> int:
+    """Do what a command is to do in its folder and return its exit code; what ends it early is said in one line.
+
+    Args:
+        name: of the command.
+        work: may be taken up again after an error of a file or an interruption.
+    """
+    try:
+        work()
+    except (ValueError, FileExistsError) as error:
+        print(f"gracekit {name}: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # This is how torch.save says that a disk is full.
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        what = str(error).partition("\n")[0]
+        print(f"gracekit {name}: error: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        say("Interrupted; the same command goes on from the last checkpoint.")
+        return 130
+    return 0
 
 
 def _begun(folder: Path) -> bool:
