@@ -270,6 +270,36 @@ def test_the_command_line_lists_its_commands(capsys):
     assert cli.main(["nonsense"]) == 2
 
 
+@pytest.mark.parametrize("command", list(cli.COMMANDS))
+def test_an_interruption_ends_any_command_with_one_line(command, monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, command, interrupt)
+    assert cli.main([command]) == 130
+    assert capsys.readouterr().err == f"gracekit {command}: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("recipe", "gracekit.recipe.experiment.run_recipe"),
+        ("ablate", "gracekit.recipe.ablate.run_ablation"),
+        ("teacher", "gracekit.recipe.teacher.train_teacher"),
+    ],
+)
+def test_an_interrupted_training_says_that_it_goes_on(teacher, tmp_path, monkeypatch, capsys, command, work):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, interrupt)
+    options = ["--output", str(tmp_path)] if command == "teacher" else tiny_arguments(teacher, tmp_path / "run")
+    assert cli.main([command, *options]) == 130
+    printed = capsys.readouterr()
+    assert "Interrupted; the same command goes on from the last checkpoint." in printed.out
+    assert printed.err == ""
+
+
 def test_a_trained_student_is_exported_from_the_run(finished, tmp_path):
     assert {path.name for path in (finished / "models").iterdir()} == {"ce-int4-qat", "grace-int4-qat"}
     output = tmp_path / "engine"

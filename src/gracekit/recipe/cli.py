@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -139,7 +140,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in COMMANDS:
         if given[0] not in HUB:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")  # they work on folders, and must not wait for a network
-        return COMMANDS[given[0]](given[1:])
+        if isinstance(
+            sys.stdout, io.TextIOWrapper
+        ):  # an answer may have characters that the terminal's encoding has not
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            return COMMANDS[given[0]](given[1:])
+        except KeyboardInterrupt:  # of commands that have nothing more to say of it
+            print(f"gracekit {given[0]}: interrupted", file=sys.stderr)
+            return 130
     helped = bool(given) and given[0] in ("-h", "--help")
     lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
     text = "\n".join(["usage: gracekit COMMAND ... (gracekit COMMAND --help for its options)", "", *lines])
