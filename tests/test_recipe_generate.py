@@ -1,5 +1,8 @@
 """``gracekit generate``: plain, rounded, packed and trained folders answer as transformers' own generate does."""
 
+import io
+import sys
+
 import conversation_cases
 import pytest
 import torch
@@ -167,8 +170,30 @@ def test_what_cannot_be_done_is_one_line(tmp_path, picture, capsys):
         ([folder, "--int4", "--group-size", "16"], "needs group_size in (32, 64, 128, 256), got group_size=16"),
         ([folder, "--seed", "99999999999999999999"], "seed must be at least"),
         ([folder, "--processor", str(tmp_path / "none")], "processor must be a folder that is there"),
+        ([folder, "--prompt", "caf\udce9"], "prompt must be Unicode text, got '\\udce9' at 3"),
     ):
-        assert main(["generate", *arguments, "--prompt", "What?"]) == 2
+        assert main(["generate", "--prompt", "What?", *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("gracekit generate: error: ")
         assert said in error
+
+
+def test_a_picture_that_cannot_be_read_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    folder = conversation_cases.save_pair(tmp_path / "m", "llava")
+    (tmp_path / "text.png").write_text("no picture")
+    monkeypatch.setattr("gracekit.recipe.generate.load_model", lambda *given, **more: pytest.fail("loaded"))
+    assert main(["generate", folder, "--prompt", "What?", "--image", str(tmp_path / "text.png")]) == 2
+    assert f"broken image: {tmp_path / 'text.png'}" in capsys.readouterr().err
+
+
+def test_an_answer_is_printed_whatever_the_encoding_of_the_terminal(tmp_path, monkeypatch):
+    folder = conversation_cases.save_pair(tmp_path / "m", "llava")
+    said = answer(load_model(tmp_path / "m", "fp32", CPU), load_processor(folder), "What?", [], max_new_tokens=1)
+    monkeypatch.setattr(
+        "gracekit.recipe.generate.answer", lambda *given, **more: said._replace(text="caf\u00e9 \u732b")
+    )
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert main(["generate", folder, "--prompt", "What?"]) == 0
+    sys.stdout.flush()
+    assert printed.getvalue().startswith(b"caf\\xe9 \\u732b\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from transformers import GenerationConfig
 
 from gracekit._checks import check_int, check_real
@@ -21,7 +22,7 @@ from gracekit.recipe.config import RunConfig
 from gracekit.recipe.experiment import kernel_name
 from gracekit.recipe.processors import ConversationProcessor
 from gracekit.recipe.progress import quiet, say
-from gracekit.recipe.record_format import IMAGE_MARK, Turn
+from gracekit.recipe.record_format import IMAGE_MARK, Turn, open_image
 
 _SEEDS = (-(2**63), 2**64 - 1)  # what torch takes
 _LEAST_TEMPERATURE = 1e-3  # logits divided by less may be no numbers
@@ -43,7 +44,7 @@ def answer(
     model: Any,
     processor: ConversationProcessor,
     prompt: str,
-    images: Sequence[Path],
+    images: Sequence[Image.Image | Path],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -55,7 +56,7 @@ def answer(
         model: in evaluation mode.
         processor: of the model.
         prompt: what the user says; images without a marker ``<image>`` in it come first.
-        images: files of pictures.
+        images: pictures or their files.
         max_new_tokens: tokens of the answer at most.
         temperature: 0: the likeliest tokens; above: sampled from logits divided by it.
         seed: of the sampling.
@@ -91,6 +92,13 @@ def _settings(model: Any, processor: ConversationProcessor, temperature: float) 
         else {"do_sample": False}
     )
     return GenerationConfig(eos_token_id=sorted(ends) or None, repetition_penalty=1.0, no_repeat_ngram_size=0, **chosen)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are none; no tokenizer reads them
+        raise ValueError(f"{name} must be Unicode text, got {text[error.start]!r} at {error.start}") from error
 
 
 def report(made: Generation, kernel: str) -> str:
@@ -135,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_int("seed", given.seed, low=_SEEDS[0], high=_SEEDS[1])
         if check_real("temperature", given.temperature, low=0.0) < _LEAST_TEMPERATURE and given.temperature:
             raise ValueError(f"temperature must be 0 or at least {_LEAST_TEMPERATURE:g}, got {given.temperature:g}")
+        _check_text("prompt", given.prompt)
+        pictures = [open_image(path) for path in given.image]
         device = RunConfig(device=given.device).torch_device()
         precision = precision_of(given.folder, int4=given.int4)
         processor = processor_of(given.folder, given.processor)
@@ -143,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model,
             processor,
             given.prompt,
-            given.image,
+            pictures,
             max_new_tokens=given.max_new_tokens,
             temperature=given.temperature,
             seed=given.seed,
