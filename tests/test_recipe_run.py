@@ -12,8 +12,10 @@ import sys
 import time
 
 import pytest
+import torch
 from recipe_cases import save_tiny_teacher, tiny_arguments
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from gracekit.recipe import cli
 from gracekit.recipe.data import load_easy_vqa
@@ -174,7 +176,7 @@ def test_a_folder_without_a_teacher_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "error"),
     [
-        ("model.safetensors", "no tensors", "SafetensorError"),
+        ("model.safetensors", "no tensors", "got a broken one"),
         ("tokenizer.json", "{", "JSONDecodeError"),
         ("tokenizer.json", "{}", ""),
         ("config.json", "[]", ""),
@@ -223,6 +225,15 @@ def test_an_error_of_a_file_in_the_middle_of_the_work_is_one_line(
     assert said.startswith(f"gracekit {command}: error: {str(error).splitlines()[0]}")
     assert said.endswith("; the same command goes on from the last checkpoint\n")
     assert said.count("\n") == 1
+
+
+def test_a_teacher_without_all_its_weights_is_refused(teacher, tmp_path, capsys):
+    part = shutil.copytree(teacher, tmp_path / "teacher")
+    save_file({"other": torch.zeros(1)}, part / "model.safetensors", metadata={"format": "pt"})
+    assert cli.main(["recipe", *tiny_arguments(part, tmp_path / "run")]) == 2
+    assert "teacher must be a folder with a saved model" in (said := capsys.readouterr().err)
+    assert "files of weights must be whole" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_disk_was_full_goes_on(teacher, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from transformers import (
 
 from gracekit._checks import check_int
 from gracekit.recipe.data import IMAGE, PackedVqa, TeacherOutputs, VqaSplit, encode
+from gracekit.recipe.weights import read_model
 from gracekit.vlm import VisualTokenTap
 
 IMAGE_SIZE = 64
@@ -133,12 +134,12 @@ def load_teacher(path: str) -> tuple[LlavaForConditionalGeneration, PreTrainedTo
     """Return a frozen teacher in float32, and its tokenizer.
 
     Raises:
-        ValueError: the folder lacks a file, or one is damaged.
+        ValueError: the folder lacks a file or weights, or a file is damaged.
     """
     folder = teacher_folder(path)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = read_model(LlavaForConditionalGeneration, folder, dtype=torch.float32)
     except Exception as error:  # transformers, safetensors and tokenizers have an own one for every kind of damage
         said = " ".join(str(error).split())[:200]
         raise ValueError(
