@@ -1,5 +1,7 @@
 """``gracekit inspect``: what is said of saved models of several families, from their configuration alone."""
 
+import json
+
 import pytest
 import tiny_models
 import torch
@@ -177,6 +179,27 @@ def test_the_command_prints_the_report_or_one_line(tmp_path, capsys):
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "llama", "architectures": ["Nobody"]}')
     assert main(["inspect", str(tmp_path / "odd")]) == 2
     assert "architectures=['Nobody']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+@pytest.mark.parametrize("names", ['"LlamaForCausalLM"', "[3]", '{"a": 1}'])
+def test_architectures_are_a_list_of_names(command, names, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(f'{{"model_type": "llama", "architectures": {names}}}')
+    more = ["--format", "torchao"] if command == "quantize" else []
+    assert main([command, str(tmp_path), *more]) == 2
+    expected = f"architectures must be a list of names in config.json, got {json.loads(names)!r} in {tmp_path}"
+    assert capsys.readouterr().err == f"gracekit {command}: error: {expected}\n"
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+@pytest.mark.parametrize("text", ["[]", "3", '"text"'])
+def test_a_configuration_that_is_no_object_is_one_line(command, text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    more = ["--format", "torchao"] if command == "quantize" else []
+    assert main([command, str(tmp_path), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"gracekit {command}: error: ")
+    assert error.count("\n") == 1
 
 
 def test_a_model_that_is_quantised_already_is_a_problem(tmp_path):

@@ -79,9 +79,11 @@ def build_on_meta(folder: Path) -> nn.Module:
         raise ValueError(f"MODEL_DIR must hold a config.json, got {folder}")
     try:
         described = transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # the last: of JSON that is no object
         raise ValueError(f"MODEL_DIR must hold a model of transformers {transformers.__version__}: {error}") from error
-    names = list(getattr(described, "architectures", None) or [])
+    names = getattr(described, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures must be a list of names in config.json, got {names!r} in {folder}")
     kinds = [kind for name in names if (kind := getattr(transformers, name, None)) is not None]
     if not kinds:
         raise ValueError(

@@ -71,7 +71,11 @@ def class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
     if not settings.is_file():
         raise ValueError(f"the folder must hold a model that save_pretrained wrote, got no config.json in {folder}")
     described = json.loads(settings.read_text(encoding="utf-8"))
+    if not isinstance(described, dict):
+        raise ValueError(f"config.json must hold an object, got {type(described).__name__} in {folder}")
     names = described.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures must be a list of names in config.json, got {names!r} in {folder}")
     kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     if not kinds:
         raise ValueError(f"config.json must name a class of transformers under architectures, got {names} in {folder}")
