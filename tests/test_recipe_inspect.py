@@ -10,10 +10,11 @@ from PIL import Image
 from tiny_families import FAMILIES
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from gracekit.quant import LSQConfig, prepare_qat
+from gracekit.quant import LSQConfig, prepare_qat, quantize_rtn
+from gracekit.quant.int4 import form_of
 from gracekit.recipe.cli import main
 from gracekit.recipe.inspect_model import build_on_meta, inspect_model
-from gracekit.vlm import VisualTokenTap
+from gracekit.vlm import VisualTokenTap, language_linears
 
 GROUPS_OF_32 = LSQConfig(group_size=32)
 
@@ -137,10 +138,20 @@ def test_what_would_be_refused_is_named_beforehand(tmp_path):
     assert "group_size=128 does not divide in_features of 21 layers" in problem
     with pytest.raises(ValueError, match="group_size"):
         prepare_qat(tiny_models.tiny_llava(), LSQConfig())
-    problems = inspect_model(folder, config=LSQConfig(bits=3, group_size=16)).problems
-    assert problems == ["no kernel for 21 layers: target='cpu' needs bits=4, got bits=3"]
     (problem,) = inspect_model(folder, config=LSQConfig(group_size=16)).problems
     assert "needs group_size in" in problem
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_width_without_a_kernel_works_and_is_noted(bits, tmp_path):
+    """convert takes the reference form for it, in groups of any size."""
+    config = LSQConfig(bits=bits, group_size=16)
+    report = inspect_model(saved(tmp_path, tiny_models.tiny_llava()), config=config)
+    assert report.problems == []
+    assert report.notes == [
+        f"INT{bits} has no kernel: its weights are multiplied out on the fly, no faster than the plain model"
+    ]
+    assert form_of(language_linears(quantize_rtn(tiny_models.tiny_llava(), config)).popitem()[1]) == "reference"
 
 
 def test_a_picture_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, picture, capsys):

@@ -20,12 +20,13 @@ from torch import nn
 from gracekit._coverage import EXPECTED_SHARE
 from gracekit._structure import find_decoder, find_output_head
 from gracekit.quant import LSQConfig
-from gracekit.quant.deploy import check_plain
+from gracekit.quant.deploy import check_plain, resolve_target
 from gracekit.vlm import Coverage, VisualTokenTap, coverage, language_linears
 from gracekit.vlm.families import placeholder_id
 
 GIB = 2**30
 BF16 = 2  # bytes
+_STRICTER = torch.device("cpu")  # its kernel takes fewer layers than that of CUDA
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -187,6 +188,10 @@ def _quantisation(model: nn.Module, config: LSQConfig, report: Report) -> None:
     )
     report.lines["whole model"] = f"{_gib(total * BF16)} in BF16, {_gib(packed + rest)} with INT{size}"
     report.lines["stays in BF16"] = _rest(model, covered, rest)
+    if resolve_target("auto", size, _STRICTER) == "reference":
+        report.notes.append(
+            f"INT{size} has no kernel: its weights are multiplied out on the fly, no faster than the plain model"
+        )
     report.problems += _obstacles(linears, covered, config)
 
 
@@ -216,15 +221,17 @@ def _obstacles(linears: dict[str, nn.Linear], covered: Coverage, config: LSQConf
             f"group_size={config.group_size} does not divide in_features of {len(odd)} layers (the first: {name}, {inputs}); "
             "prepare_qat refuses them, so give another --group-size"
         )
-    refused = Counter(reason for name, linear in linears.items() if name not in odd for reason in _cpu(linear, config))
+    target = resolve_target("auto", config.bits, _STRICTER)
+    fitting = [linear for name, linear in linears.items() if name not in odd]
+    refused = Counter(reason for linear in fitting for reason in _refusal(target, linear, config))
     found += [f"no kernel for {count} layers: {reason}" for reason, count in refused.items()]
     return found
 
 
-def _cpu(linear: nn.Linear, config: LSQConfig) -> list[str]:
-    """Why the kernel of the CPU, the stricter one, could not hold a layer."""
+def _refusal(target: str, linear: nn.Linear, config: LSQConfig) -> list[str]:
+    """Why a form could not hold a layer."""
     try:
-        check_plain("cpu", "", linear, config, device=torch.device("cpu"), dtype=torch.bfloat16)
+        check_plain(target, "", linear, config, device=_STRICTER, dtype=torch.bfloat16)
     except ValueError as error:
         return [str(error).removesuffix(" ()")]
     return []
