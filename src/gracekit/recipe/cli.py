@@ -140,10 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in COMMANDS:
         if given[0] not in HUB:
             os.environ.setdefault("HF_HUB_OFFLINE", "1")  # they work on folders, and must not wait for a network
-        if isinstance(
-            sys.stdout, io.TextIOWrapper
-        ):  # an answer may have characters that the terminal's encoding has not
-            sys.stdout.reconfigure(errors="backslashreplace")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # an answer may have what the terminal's encoding has not
         try:
             return COMMANDS[given[0]](given[1:])
         except KeyboardInterrupt:  # of commands that have nothing more to say of it
