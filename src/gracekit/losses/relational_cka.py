@@ -202,8 +202,7 @@ def _centred(tokens_BND: Tensor, batch: ImageBatch, normalize: bool) -> Tensor:
 def _unit(tokens_BND: Tensor) -> Tensor:
     """Divide every token by its l2 norm. A token of zeros stays one, without gradient: it is no nearer to any direction."""
     norm_BN1 = torch.linalg.vector_norm(tokens_BND, dim=-1, keepdim=True)
-    is_zero = norm_BN1 == 0
-    return torch.where(is_zero, 0.0, tokens_BND / torch.where(is_zero, 1.0, norm_BN1))
+    return tokens_BND / torch.where(norm_BN1 == 0, torch.inf, norm_BN1)
 
 
 def _to_size_one(centred_BND: Tensor, tokens_BND: Tensor) -> Tensor:
