@@ -15,7 +15,14 @@ from gracekit.recipe.models import ModelSize, image_tokens, load_teacher, teache
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "TEACHER", ModelSize(width=32, vision_layers=1, text_layers=2, patch_size=16))
-    options = {"output": tmp_path / "it", "device": "cpu", "steps": 4, "batch_size": 4, "test_images": 2}
+    options = {
+        "output": tmp_path / "it",
+        "device": "cpu",
+        "steps": 4,
+        "batch_size": 4,
+        "train_images": 40,
+        "test_images": 2,
+    }
     return ["teacher", *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
 
 
