@@ -6,12 +6,12 @@ file with that name and these sections will do: output_dir may be where a user k
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gracekit.recipe.callbacks import latest_checkpoint
 from gracekit.recipe.digests import data_digest, data_stamp
+from gracekit.recipe.output_folder import own_settings
 from gracekit.recipe.stages import write_json
 from gracekit.recipe.teacher_states import ABOUT
 from gracekit.recipe.train_config import TrainConfig
@@ -38,8 +38,8 @@ def _open(config: TrainConfig, folder: Path) -> bool:
     digest = data_stamp(config.data.data) if config.data.streaming else data_digest(config.data.data)
     run = {"world_size": config.training.world_size, "data_sha256": digest}
     settings[_RUN] = run
-    if path.exists():
-        there = _read(path, settings)
+    there = own_settings(path, settings, "gracekit train", name="output_dir", sections=True)
+    if there is not None:
         differences = config.differences(there)
         differences += [
             f"{name}: {there[_RUN].get(name)!r} -> {value!r}"
@@ -54,27 +54,9 @@ def _open(config: TrainConfig, folder: Path) -> bool:
         if differences:
             write_json(path, settings)  # of a run that was refused or left before it kept anything
         return not (folder / DONE).is_file()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise _something_else(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, settings)
     return True
-
-
-def _read(path: Path, mine: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _something_else(path.parent) from error
-    if not isinstance(found, dict) or not all(isinstance(found.get(section), dict) for section in mine):
-        raise _something_else(path.parent)
-    return found
-
-
-def _something_else(folder: Path) -> FileExistsError:
-    return FileExistsError(
-        f"output_dir must be a new or empty folder, or one of gracekit train, got {str(folder)!r}, which holds something else"
-    )
 
 
 def _begun(folder: Path) -> bool:

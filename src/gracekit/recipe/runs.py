@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from gracekit.recipe.config import RecipeConfig
 from gracekit.recipe.data import TeacherOutputs, VqaSplit
 from gracekit.recipe.models import STUDENT, ModelSize, load_teacher, teacher_outputs
+from gracekit.recipe.output_folder import own_settings
 from gracekit.recipe.own_data import BAD_RECORDS, SPLITS, check_run, describe, load_splits
 from gracekit.recipe.progress import say
 from gracekit.recipe.stages import write_json
@@ -52,8 +53,10 @@ def open_folder(config: RecipeConfig) -> Path | None:
     check_run(config.run)
     folder = Path(config.run.output)
     settings = folder / "config.json"
-    if settings.is_file():
-        differences = config.differences(_settings(folder))
+    # Other programs have files of that name too.
+    there = own_settings(settings, RecipeConfig().as_dict(), sections=True)
+    if there is not None:
+        differences = config.differences(there)
         if differences and not _begun(folder):
             write_json(settings, config.as_dict())  # of a run that was refused or left before it kept anything
         elif differences:
@@ -62,27 +65,9 @@ def open_folder(config: RecipeConfig) -> Path | None:
                 f"(there -> asked for): {'; '.join(differences)}"
             )
         return None if (folder / "results.json").is_file() else folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise _something_else(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(settings, config.as_dict())
     return folder
-
-
-def _settings(folder: Path) -> dict[str, dict[str, Any]]:
-    try:
-        found: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _something_else(folder) from error
-    # Other programs have files of that name too.
-    whole = isinstance(found, dict) and RecipeConfig().as_dict().keys() <= found.keys()
-    if not whole or not all(isinstance(section, dict) for section in found.values()):
-        raise _something_else(folder)
-    return dict(found)
-
-
-def _something_else(folder: Path) -> FileExistsError:
-    return FileExistsError(f"output must be a new or empty folder, got {str(folder)!r}, which holds something else")
 
 
 def attempt(name: str, work: Callable[[], object]) -> int:
