@@ -196,7 +196,7 @@ def test_a_damaged_teacher_is_refused_before_any_work(teacher, tmp_path, capsys,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
+each_with_its_work = pytest.mark.parametrize(
     ("command", "work"),
     [
         ("recipe", "gracekit.recipe.experiment.run_recipe"),
@@ -204,6 +204,9 @@ def test_a_damaged_teacher_is_refused_before_any_work(teacher, tmp_path, capsys,
         ("teacher", "gracekit.recipe.teacher.train_teacher"),
     ],
 )
+
+
+@each_with_its_work
 @pytest.mark.parametrize(
     "error",
     [
@@ -291,14 +294,7 @@ def test_an_interruption_ends_any_command_with_one_line(command, monkeypatch, ca
     assert capsys.readouterr().err == f"gracekit {command}: interrupted\n"
 
 
-@pytest.mark.parametrize(
-    ("command", "work"),
-    [
-        ("recipe", "gracekit.recipe.experiment.run_recipe"),
-        ("ablate", "gracekit.recipe.ablate.run_ablation"),
-        ("teacher", "gracekit.recipe.teacher.train_teacher"),
-    ],
-)
+@each_with_its_work
 def test_an_interrupted_training_says_that_it_goes_on(teacher, tmp_path, monkeypatch, capsys, command, work):
     def interrupt(*arguments):
         raise KeyboardInterrupt

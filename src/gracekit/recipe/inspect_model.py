@@ -21,6 +21,7 @@ from gracekit._coverage import EXPECTED_SHARE
 from gracekit._structure import find_decoder, find_output_head
 from gracekit.quant import LSQConfig
 from gracekit.quant.deploy import check_plain, resolve_target
+from gracekit.recipe.weights import model_class
 from gracekit.vlm import Coverage, VisualTokenTap, coverage, language_linears
 from gracekit.vlm.families import placeholder_id
 
@@ -83,16 +84,14 @@ def build_on_meta(folder: Path) -> nn.Module:
     except (ValueError, KeyError, TypeError) as error:  # the last: of JSON that is no object
         raise ValueError(f"MODEL_DIR must hold a model of transformers {transformers.__version__}: {error}") from error
     names = getattr(described, "architectures", None) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"architectures must be a list of names in config.json, got {names!r} in {folder}")
-    kinds = [kind for name in names if (kind := getattr(transformers, name, None)) is not None]
-    if not kinds:
+    kind = model_class(names, folder)
+    if kind is None:
         raise ValueError(
             f"config.json must name an architecture that transformers {transformers.__version__} has, got "
             f"architectures={names}"
         )
     with torch.device("meta"):
-        model = kinds[0](described)
+        model = kind(described)
     assert isinstance(model, nn.Module)
     return model
 

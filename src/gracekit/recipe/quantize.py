@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 
 from gracekit.quant import (
@@ -31,8 +30,9 @@ from gracekit.quant.formats import awq, compressed_tensors
 from gracekit.quant.formats.trained import SCALES_FILE, learned_widths
 from gracekit.quant.int4 import is_quantized
 from gracekit.recipe.digests import BESIDE, WEIGHTS
+from gracekit.recipe.output_folder import is_free
 from gracekit.recipe.progress import quiet, say
-from gracekit.recipe.weights import read_model
+from gracekit.recipe.weights import model_class, read_model
 
 EXPORTS = {"compressed-tensors": export_compressed_tensors, "awq": export_awq}
 # Formats, and the widths in bits that each can hold.
@@ -74,12 +74,10 @@ def class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
     if not isinstance(described, dict):
         raise ValueError(f"config.json must hold an object, got {type(described).__name__} in {folder}")
     names = described.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"architectures must be a list of names in config.json, got {names!r} in {folder}")
-    kinds = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    if not kinds:
+    kind = model_class(names, folder)
+    if kind is None:
         raise ValueError(f"config.json must name a class of transformers under architectures, got {names} in {folder}")
-    return kinds[0], described
+    return kind, described
 
 
 def trained_folder(run: Path) -> Path:
@@ -147,7 +145,7 @@ def check_empty(output: Path) -> None:
     there = next(path for path in (output, *output.parents) if path.exists())
     if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"output must be where a folder can be written, got {str(output)!r} below {str(there)!r}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         raise FileExistsError(f"output must be a new or empty folder, got {str(output)!r}, which holds something")
 
 

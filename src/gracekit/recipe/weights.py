@@ -1,4 +1,7 @@
-"""A saved model with all of its weights: transformers fills up what a file lacks with random numbers, and only warns."""
+"""A saved model as transformers reads it: its class, and all of its weights.
+
+transformers fills up what a file lacks with random numbers, and only warns.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+
+def model_class(names: Any, folder: Path) -> Any:
+    """Return the first class of ``architectures`` in a folder's config.json that transformers has; None where it has none.
+
+    Raises:
+        ValueError: they are no list of names.
+    """
+    import transformers
+
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"architectures must be a list of names in config.json, got {names!r} in {folder}")
+    return next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
 
 
 def read_model(kind: Any, name: str | Path, **options: Any) -> Any:
