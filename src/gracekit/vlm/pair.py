@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gracekit._structure import unwrap
 from gracekit.capture import HookContext
 from gracekit.vlm.families import require_decoder
-from gracekit.vlm.pooling import Grid, cells, check_grid, coarser, pool_tokens
+from gracekit.vlm.pooling import Grid, cells, check_grids, coarser, pool_tokens
 from gracekit.vlm.tap import VisualTokenTap
 
 Grids = Sequence[Sequence[int]]
@@ -161,7 +161,7 @@ class VisualTokenPair(HookContext):
                     f"spatial_merge_size, to tell them; got {name}_grids=None for {len(lengths)} images"
                 )
         else:
-            grids = [check_grid(f"{name}_grids[{i}]", grid) for i, grid in enumerate(given)]
+            grids = check_grids(f"{name}_grids", given)
         if len(grids) != len(lengths):
             raise ValueError(
                 f"{name}_grids must have one grid for each image, got {len(grids)} for {len(lengths)} images"

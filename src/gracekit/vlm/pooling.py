@@ -48,15 +48,9 @@ def pool_tokens(
     """
     _checks.check_floating("tokens", tokens)
     _checks.check_rank("tokens", tokens, (2,), "(sum n, d)")
-    for name, given in (("grids", grids), ("targets", targets)):
-        if not isinstance(given, Collection) or not all(isinstance(grid, Collection) for grid in given):
-            raise TypeError(
-                f"{name} must be a sequence of (rows, columns) or (frames, rows, columns), got {name}={given!r}"
-            )
-    if len(grids) != len(targets):
-        raise ValueError(f"grids and targets must be as many, got {len(grids)} grids and {len(targets)} targets")
-    sources = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
-    wanted = [check_grid(f"targets[{i}]", grid) for i, grid in enumerate(targets)]
+    sources, wanted = check_grids("grids", grids), check_grids("targets", targets)
+    if len(sources) != len(wanted):
+        raise ValueError(f"grids and targets must be as many, got {len(sources)} grids and {len(wanted)} targets")
     for i, (source, target) in enumerate(zip(sources, wanted, strict=True)):
         if any(t > s for s, t in zip(source, target, strict=True)):
             raise ValueError(
@@ -68,6 +62,15 @@ def pool_tokens(
     images = torch.split(tokens, lengths)
     pooled = [_pool(image, s, t) for image, s, t in zip(images, sources, wanted, strict=True)]
     return torch.cat([tokens[:0], *pooled]), [cells(target) for target in wanted]
+
+
+def check_grids(name: str, grids: Sequence[Sequence[int]]) -> list[Grid]:
+    """Return every grid as (T, H, W), or raise."""
+    if not isinstance(grids, Collection) or not all(isinstance(grid, Collection) for grid in grids):
+        raise TypeError(
+            f"{name} must be a sequence of (rows, columns) or (frames, rows, columns), got {name}={grids!r}"
+        )
+    return [check_grid(f"{name}[{i}]", grid) for i, grid in enumerate(grids)]
 
 
 def check_grid(name: str, grid: Sequence[int]) -> Grid:
