@@ -27,8 +27,8 @@ Packer = Callable[[QuantizedWeight], dict[str, Tensor]]
 
 def uniform_layers(model: nn.Module, format_name: str) -> tuple[dict[str, nn.Linear], int, int]:
     """Return the quantised layers with the bits and group size that all of them have, or raise."""
-    check_bare(model)
     layers = quantized_layers(model)
+    check_bare(model)
     schemes = {
         name: (read_bits(layer), layer.in_features // read_scale(layer).shape[1]) for name, layer in layers.items()
     }
