@@ -52,6 +52,7 @@ def gpu(session: nox.Session) -> None:
         "tests/test_relational_cka.py",
         "tests/test_triton_attention.py",
         "tests/test_triton_int4.py",
+        "tests/test_gluon_few.py",
         "tests/test_gluon_int4.py",
         "tests/test_gluon_vector.py",
         "tests/test_triton_lsq.py",

@@ -5,7 +5,7 @@ are of CUDA graphs in which copies of the weight that together exceed the cache 
 products and torchao's INT4 kernel, copies taking turns as well.
 
 python benchmarks/bench_int4_linear.py                 # on CUDA
-python benchmarks/bench_int4_linear.py --weights 4096x11008 --add
+python benchmarks/bench_int4_linear.py --weights 4096x11008 --rows 8 16 --add
 python benchmarks/bench_int4_linear.py --device cpu
 """
 
@@ -81,11 +81,11 @@ def time_us(run: Callable[[Tensor], Tensor], copies: list[Tensor], device: str, 
     return graph_times(run, copies)
 
 
-def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> Iterator[list[dict]]:
+def bench(shape: tuple[int, int], counts: list[int], device: str, runs: int, bandwidth: float) -> Iterator[list[dict]]:
     """All variants of one weight, in turns: a device that has just worked hard is slower. For one number of rows after another."""
     limit = packed_bytes(shape) / bandwidth * 1e6
     copies = {name: list(weights(name, form, shape, device)) for name, form in FORMS[device].items()}
-    for count in ROWS[device]:
+    for count in counts:
         times: dict[str, list[float]] = {name: [] for name in copies}
         inputs = {
             dtype: torch.randn(count, shape[1], device=device, dtype=dtype)
@@ -114,19 +114,25 @@ def bench(shape: tuple[int, int], device: str, runs: int, bandwidth: float) -> I
 def main() -> None:
     parser = _harness.parser(__doc__)
     parser.add_argument("--weights", nargs="*", help="such as 4096x11008 (default: all)")
-    parser.add_argument("--add", action="store_true", help="keep today's rows of other weights")
+    parser.add_argument("--rows", nargs="*", type=int, help="of x (default: all)")
+    parser.add_argument("--add", action="store_true", help="keep what was measured today with other weights or rows")
     given = parser.parse_args()
     bandwidth = _harness.copy_bandwidth(given.device, 1024 if given.device == "cuda" else 256)
     about: dict[str, Any] = {"group_size": GROUP, "copy_bandwidth_gb_s": round(bandwidth / 1e9, 1), "rows": []}
     held = _harness.result_path("int4_linear", given.device, given.output) if given.add else None
+    counts = [count for count in ROWS[given.device] if not given.rows or count in given.rows]
+    shapes = SHAPES if given.device == "cuda" else CPU_SHAPES
     with torch.inference_mode():
-        for shape in SHAPES if given.device == "cuda" else CPU_SHAPES:
+        for shape in shapes:
             if given.weights and f"{shape[0]}x{shape[1]}" not in given.weights:
                 continue
             made: list[dict] = []
-            for rows in bench(shape, given.device, given.runs, bandwidth):
+            for rows in bench(shape, counts, given.device, given.runs, bandwidth):
                 made += rows  # and is written: what is measured stays if a run is cut short
-                about["rows"] = _harness.merged(about["rows"], made, lambda row: (row["out"], row["in"]), held)
+                about["rows"] = _harness.merged(
+                    about["rows"], made, lambda row: (row["out"], row["in"], row["rows"]), held
+                )
+                about["rows"].sort(key=lambda row: (shapes.index((row["out"], row["in"])), row["rows"]))
                 _harness.write("int4_linear", given.device, about, given.output)
 
 

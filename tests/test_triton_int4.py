@@ -46,6 +46,7 @@ narrow = st.builds(
     stages=st.sampled_from([1, 3]),
     scaled=st.just(False),
     persistent=st.just(False),
+    exchanges=st.just(False),
     launches=st.booleans(),
 )
 wide = st.builds(
@@ -58,6 +59,7 @@ wide = st.builds(
     stages=st.sampled_from([1, 3]),
     scaled=st.booleans(),
     persistent=st.just(False),
+    exchanges=st.just(False),
     launches=st.booleans(),
 )
 
@@ -111,7 +113,7 @@ def test_the_layout_is_the_one_that_is_described():
 def test_the_kernel_multiplies_within_the_bound_whatever_the_schedule(seed, size, dtype, rows, schedule):
     codes, scale, packed, scales = drawn(seed, *size, dtype)
     x = normal(seed + 2, rows, 2 * size[1], dtype=dtype).to(DEVICE)[:, : size[1]]  # rows that are not contiguous
-    needed = schedule.counters(len(packed) * 64, rows, processors(torch.device(DEVICE)))
+    needed = schedule.workspace(len(packed) * 64, rows, processors(torch.device(DEVICE)))
     counters = torch.zeros(needed, dtype=torch.int32, device=DEVICE)
     y = _int4_launch.linear(x, packed, scales, counters, size[0], schedule)
     assert y.shape == (rows, size[0])
@@ -273,6 +275,7 @@ def test_schedules_worth_timing_fit_the_kernel(rows, outputs, chunks, processors
     assert len(set(found)) == len(found) <= 36
     assert any(schedule.persistent for schedule in found) == (persistent and rows > 64)
     assert any(schedule.is_vector for schedule in found) == vector
+    assert not any(schedule.exchanges for schedule in found)
     for schedule in found:
         assert schedule.rows in (16, 32, 64, 128)
         if schedule.is_vector:

@@ -13,7 +13,7 @@ the others: these first, because the tensor cores take only a few products ahead
 taken.
 
 The tiles of a last round that has fewer of them than programs are dealt out: a tile's own program begins it, and the others help
-with the chunks at its end, each with as many as it can leave in the workspace by the time that the first is done with its own.
+with the chunks at its end, each with as many as it can leave in ``partial`` by the time that the first is done with its own.
 Where the last rows of x fill no more than three quarters of a block of 256, some of the programs take these rows in smaller tiles
 from the beginning.
 
@@ -75,7 +75,7 @@ _PACKED = gl.constexpr(
 
 
 @gluon.jit
-def _codes(words, dtype: gl.constexpr):
+def codes(words, dtype: gl.constexpr):
     """Eight planes of codes (64, 16) of a chunk."""
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(_BFLOAT16, _CONSTRAINTS, [words], (gl.bfloat16,) * 8, is_pure=True, pack=2)
@@ -308,7 +308,7 @@ def _multiply_rows(
     parts = _parts(program, programs, tiles, deal, DEALT)
     row, token, first, after = _locate(0, parts, work, DEALT, BAND, WIDTH)
     words, s0, s1, s2, s3 = _words(packed, scale, row + GROUP * _TILE, first, chunks, padded, G)
-    # Launched while the kernel before it ends: waits for x, and for whoever still has the workspace.
+    # Launched while the kernel before it ends: waits for x, and for whoever still has ``partial``.
     gdc_wait()
     # What is loaded runs so far ahead that two slots or three are left over: so late the other group may be.
     ahead = (0, token, first, after, GROUP, 1)
@@ -323,7 +323,7 @@ def _multiply_rows(
             total = total + (gl.zeros([_TILE, MORE], gl.float32, MMA_MORE),)
         right = gl.zeros([_TILE, _HALF], dtype, LEFT)
         for chunk in range(first, after):
-            c0, c1, c2, c3, c4, c5, c6, c7 = _codes(words, dtype)
+            c0, c1, c2, c3, c4, c5, c6, c7 = codes(words, dtype)
             left = _half(c0, c1, c2, c3, s0.to(dtype)[:, None], s1.to(dtype)[:, None], LEFT)
             t2, t3 = s2.to(dtype)[:, None], s3.to(dtype)[:, None]
             words, s0, s1, s2, s3 = _words(
@@ -370,7 +370,7 @@ def _multiply_rows(
 
 @gluon.jit
 def _cells(partial, place, total, piece: gl.constexpr):
-    """Where the sums of a piece of a tile lie in a place of the workspace: what a warp stores at once lies together."""
+    """Where the sums of a piece of a tile lie in a place of ``partial``: what a warp stores at once lies together."""
     LAYOUT: gl.constexpr = total[piece].type.layout
     WIDTH: gl.constexpr = total[0].shape[1] + (total[1].shape[1] if len(total) == 2 else 0)
     row = gl.arange(0, _TILE, layout=gl.SliceLayout(1, LAYOUT))[:, None]
@@ -382,7 +382,7 @@ def _cells(partial, place, total, piece: gl.constexpr):
 
 @gluon.jit
 def _leave_share(total, place, partial, counters):
-    """Leave the sums of a share in the workspace and say so."""
+    """Leave the sums of a share in ``partial`` and say so."""
     for piece in gl.static_range(len(total)):
         gl.store(_cells(partial, place, total, piece), total[piece])
     gl.thread_barrier()  # all threads have stored before the one that publishes it

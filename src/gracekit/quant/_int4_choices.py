@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import statistics
 from collections.abc import Callable
@@ -46,6 +47,10 @@ _DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
 _ROUNDING = 2.0**-6  # two roundings of bfloat16, and sums in another order
 _FEW = 64  # rows of x, whose products wait for the memory
 _MORE = (2, 3, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
+_STEPS_AHEAD = (3, 4)  # of few_kernel, stages
+_MOST_SHARES = 8  # of a tile of few_kernel
+_MOST_A_PROCESSOR = 8  # of its programs
+_FULL = 0.8  # of their places in all rounds
 # (output rows, parts, steps ahead) of vector_kernel.
 _VECTOR = ((16, 8, 2), (16, 8, 4), (32, 4, 3), (32, 8, 2), (32, 8, 3))
 # By rows of x in a program: (output rows, parts, warps) of narrow_kernel.
@@ -73,7 +78,7 @@ _WIDE = {
 _log = logging.getLogger(__name__)
 
 
-def choose(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Schedule | None:
+def choose(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> Schedule | None:
     """Return the fastest schedule for x (M, K); None for the dense way, or where nothing is known and nothing can be timed."""
     table = _table(x.get_device())
     rows = size_class(len(x))
@@ -81,7 +86,7 @@ def choose(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: 
     if key not in table.entries:
         if torch.cuda.is_current_stream_capturing():
             return None
-        table.add(key, _measure(rows, x, packed, scale, counters, outputs))
+        table.add(key, _measure(rows, x, packed, scale, workspace, outputs))
     found = table.entries[key]["schedule"]
     return None if found is None else Schedule(*found)
 
@@ -148,11 +153,18 @@ def _kernels() -> str:
 
 
 def schedules(
-    rows: int, outputs: int, chunks: int, processors: int, *, persistent: bool = False, vector: bool = False
+    rows: int,
+    outputs: int,
+    chunks: int,
+    processors: int,
+    *,
+    persistent: bool = False,
+    vector: bool = False,
+    few: bool = False,
 ) -> list[Schedule]:
     """Return what is worth timing for ``rows`` rows of x and ``outputs`` rows of W on that many multiprocessors.
 
-    ``persistent``, ``vector``: whether these kernels can be had.
+    ``persistent``, ``vector``, ``few``: whether these kernels can be had.
     """
     tokens = max(LEAST_TOKENS, min(triton.next_power_of_2(rows), 256))
     found = [
@@ -169,12 +181,19 @@ def schedules(
         for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _FEW else ())
         if split == 1 or chunks >= 2 * split
     ]
-    if vector:  # the simplest of the others remain, should none of these be right on a card
+    if vector or few:  # the simplest of the others remain, should none of these be right on a card
         found = [schedule for schedule in found if schedule.parts and schedule.split == 1]
+    if vector:
         found += [
             Schedule(tile, rows, parts, 1, parts, steps, scaled=False)
             for tile, parts, steps in _VECTOR
             if parts <= max(4, chunks)
+        ]
+    elif few:
+        found += [
+            Schedule(TILE, tokens, 0, split, kernel.few.WARPS, stages, scaled=False, exchanges=True)
+            for split in _even_splits(-(-outputs // TILE), chunks, processors)
+            for stages in _STEPS_AHEAD
         ]
     if persistent and rows > _FEW:
         found += [
@@ -197,7 +216,21 @@ def _splits(tiles: int, processors: int, more: tuple[int, ...] = ()) -> tuple[in
     return (1, best, *(best * times for times in more if tiles < processors))
 
 
-def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> dict[str, Any]:
+def _even_splits(tiles: int, chunks: int, processors: int) -> list[int]:
+    """Return 1, and the numbers of programs for each tile with which all multiprocessors have about as many of them.
+
+    None with which a program would have less than a chunk.
+    """
+    found = [1]
+    for split in range(2, _MOST_SHARES + 1):
+        each = tiles * split / processors
+        is_even = _FULL * math.ceil(each) <= each <= _MOST_A_PROCESSOR
+        if is_even and chunks >= 2 * split and (split - 1) * -(-chunks // split) < chunks:
+            found.append(split)
+    return found
+
+
+def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> dict[str, Any]:
     """Time all ways for a shape and return the entry of the fastest, with the times in microseconds."""
     shape = (outputs, x.shape[1])
     properties = torch.cuda.get_device_properties(x.device)
@@ -214,21 +247,22 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, counters: Tens
             properties.multi_processor_count,
             persistent=kernel.has_persistent(x, outputs),
             vector=kernel.has_vector(inputs),
+            few=kernel.has_few(inputs, packed),
         )
-        if schedule.counters(len(packed) * TILE, rows, properties.multi_processor_count) <= counters.numel()
+        if schedule.workspace(len(packed) * TILE, rows, properties.multi_processor_count) <= workspace.numel()
     ]
-    kernel.compile_ahead(inputs, packed, scale, counters, outputs, tried)
+    kernel.compile_ahead(inputs, packed, scale, workspace, outputs, tried)
 
     def multiply(schedule: Schedule | None, weight: Tensor) -> Tensor:
         if schedule is None:
             return F.linear(inputs, kernel.values(weight, scale, shape, x.dtype))
-        return kernel.linear(inputs, weight, scale, counters, outputs, schedule)
+        return kernel.linear(inputs, weight, scale, workspace, outputs, schedule)
 
     def microseconds(schedule: Schedule | None) -> float:
         return statistics.median(graph_times(functools.partial(multiply, schedule), weights))
 
     with torch.cuda.device(x.device):
-        torch.cuda.synchronize()  # a product that still runs has its hands on the counters
+        torch.cuda.synchronize()  # a product that still runs has its hands on the workspace
         times: dict[Schedule | None, float] = {}
         for schedule in (None, *tried):
             with contextlib.suppress(OutOfResources, CompilationError, PTXASError):  # more than this card has

@@ -20,18 +20,21 @@ from gracekit.quant._int4_layout import CHUNK, TILE
 from gracekit.quant._triton_int4 import LEAST_TOKENS, narrow_kernel, values_kernel, wide_kernel
 from gracekit.quant._triton_launch import early, launch, processors
 
-# The modules of ``persistent_kernel`` and ``vector_kernel``, where this Triton has what they are written in.
+# The modules of ``persistent_kernel``, ``vector_kernel`` and ``few_kernel``, where this Triton has what they are written in.
 gluon: Any = None
 vector: Any = None
+few: Any = None
 with contextlib.suppress(ImportError, AttributeError):  # Gluon is marked as experimental
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from gracekit.quant import _gluon_int4 as gluon
 with contextlib.suppress(ImportError, AttributeError):
+    from gracekit.quant import _gluon_few as few
     from gracekit.quant import _gluon_vector as vector
 
 _ALIGNMENT = 16  # bytes; what the copy engine asks of the rows of a tensor
+_OFFSETS = 1 << 31  # of what ``few_kernel`` reads
 _VALUES_ROWS = 32
 _BAND = 8
 _MOST_SHARES = 3
@@ -44,18 +47,20 @@ class Schedule(NamedTuple):
     """How a product is launched.
 
     Attributes:
-        rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` and ``vector_kernel`` 64 at most.
+        rows: output rows of a program, a power of two from 16 on; for ``narrow_kernel`` and ``vector_kernel`` 64 at most, for
+            ``few_kernel`` 64.
         tokens: rows of x of a program, a power of two from 8 on; 1 or 2, and then all of x, for ``vector_kernel``; for
-            ``persistent_kernel`` one of its ``WIDTHS``.
+            ``persistent_kernel`` and ``few_kernel`` one of their ``WIDTHS``.
         parts: chunks of inputs that a program of ``narrow_kernel`` or ``vector_kernel`` takes at once; 0 for the others.
         split: programs among which the inputs of each of the last tiles are dealt out, see ``whole``; for ``persistent_kernel``
-            1 or 2: whether they are dealt out, as ``_Deal`` says.
+            1 or 2: whether they are dealt out, as ``_Deal`` says; for ``few_kernel`` those among which each tile's are.
         warps: of a program; for ``persistent_kernel`` of each of its two groups.
         stages: steps in flight; for ``vector_kernel`` those whose words are loaded ahead.
         scaled: whether ``wide_kernel`` multiplies rounded weights; else codes.
         persistent: whether it is ``persistent_kernel`` that is launched; ``stages`` are then the slots of its ring.
         launches: whether ``narrow_kernel`` or ``wide_kernel`` lets the next kernel be launched while its own programs still run,
             where the device can.
+        exchanges: whether it is ``few_kernel`` that is launched, whose programs exchange their sums.
     """
 
     rows: int
@@ -67,6 +72,7 @@ class Schedule(NamedTuple):
     scaled: bool
     persistent: bool = False
     launches: bool = False
+    exchanges: bool = False
 
     @property
     def is_vector(self) -> bool:
@@ -83,42 +89,46 @@ class Schedule(NamedTuple):
         return tiles // processors * processors if self.split > 1 else tiles
 
     def places(self, padded: int, count: int, processors: int) -> int:
-        """Return how many sums are left in the workspace in shares: those of the tiles that are dealt out."""
+        """Return how many sums are left in shares: those of the tiles that are dealt out."""
         dealt_out = self.tiles(padded, count) - self.whole(padded, count, processors)
         return dealt_out * (-(-count // self.tokens) if self.parts else 1)
 
-    def counters(self, padded: int, count: int, processors: int) -> int:
-        """Return how many counters suffice for every product of ``count`` rows or fewer."""
+    def workspace(self, padded: int, count: int, processors: int) -> int:
+        """Return how many words of the workspace suffice for every product of ``count`` rows or fewer."""
         if self.split == 1:
             return 0
+        if self.exchanges:
+            return self.tiles(padded, count) * int(few.slab_words(self.split, self.tokens))
         if self.persistent:
             return 2 * processors
         return self.places(padded, count, processors) if self.parts else min(self.tiles(padded, count), processors - 1)
 
 
-def linear(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedule: Schedule) -> Tensor:
+def linear(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int, schedule: Schedule) -> Tensor:
     """Return y (M, N) of x (M, K), any stride between its rows, in x's dtype.
 
     Args:
         x: bfloat16 or float16.
         packed: words (T, C, 64, 16).
         scale: (C * 128 / G, T * 64) float32.
-        counters: zeros int32, as many as the schedule takes; zeros again afterwards. Two calls at once must not share them.
+        workspace: zeros int32, as many as the schedule takes; zeros again afterwards. Two calls at once must not share it.
         outputs: N.
         schedule: how to launch.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     if schedule.persistent:
         x = _aligned(x)
+    elif schedule.exchanges:
+        x = _aligned(x if len(x) * x.stride(0) < _OFFSETS else x.contiguous(), 2 * _ALIGNMENT)
     elif schedule.is_vector:
         x = _paired(x)
     y = x.new_empty(len(x), outputs)
-    launch(*_product(x, packed, scale, y, counters, schedule))
+    launch(*_product(x, packed, scale, y, workspace, schedule))
     return y
 
 
 def compile_ahead(
-    x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int, schedules: Iterable[Schedule]
+    x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int, schedules: Iterable[Schedule]
 ) -> None:
     """Compile what :func:`linear` launches for the schedules, several at a time; one that cannot be compiled is passed over."""
     y = x.new_empty(len(x), outputs)
@@ -128,25 +138,27 @@ def compile_ahead(
         AsyncCompileMode(threads, ignore_errors=True),
     ):
         for schedule in schedules:
-            kernel, grid, tensors, sizes, options = _product(x, packed, scale, y, counters, schedule)
+            kernel, grid, tensors, sizes, options = _product(x, packed, scale, y, workspace, schedule)
             kernel.warmup(*tensors, *sizes, grid=grid, **options)
 
 
 def _product(
-    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, workspace: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     if schedule.persistent:
-        return _persistent(x, packed, scale, y, counters, schedule)
+        return _persistent(x, packed, scale, y, workspace, schedule)
     if schedule.is_vector:
         return _vector(x, packed, scale, y, schedule)
+    if schedule.exchanges:
+        return _few(x, packed, scale, y, workspace, schedule)
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule[:7]
     padded, shares = tiles * TILE, parts or 1
     whole = schedule.whole(padded, len(x), processors(x.device))
     programs = whole + (schedule.tiles(padded, len(x)) - whole) * split
     slabs = schedule.places(padded, len(x), processors(x.device)) * split
-    tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), counters]
+    tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), workspace]
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded, whole]
     options = {
         "STEPS": triton.cdiv(chunks, shares),
@@ -197,6 +209,33 @@ def has_vector(x: Tensor) -> bool:
     return bool(len(x) <= vector.MOST_TOKENS)
 
 
+def _few(
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, workspace: Tensor, schedule: Schedule
+) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
+    """Return what is launched for ``few_kernel``."""
+    (tiles, chunks), split, tokens = packed.shape[:2], schedule.split, schedule.tokens
+    options = {
+        "STEPS": chunks,
+        "G": chunks * CHUNK // scale.shape[0],
+        "SPLIT": split,
+        "TOKENS": tokens,
+        "STAGES": schedule.stages,
+        "MASKED": bool(x.shape[1] % CHUNK),
+        **few.exchange(split, tokens, "bf16" if x.dtype == torch.bfloat16 else "f16"),
+        "num_warps": few.WARPS,
+        **early(x.device),
+    }
+    sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, tiles * TILE]
+    return few.few_kernel, (tiles * split,), [x, packed, scale, y, workspace], sizes, options
+
+
+def has_few(x: Tensor, packed: Tensor) -> bool:
+    """Whether ``few_kernel`` can compute the product of x with a weight, and is meant for it."""
+    if few is None or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    return bool(len(x) <= max(few.WIDTHS)) and packed.numel() < _OFFSETS
+
+
 def _paired(x: Tensor) -> Tensor:
     """Return x, or a copy of it whose rows can be read as words of two inputs each."""
     return x if x.data_ptr() % 4 == 0 and x.stride(0) % 2 == 0 else x.clone(memory_format=torch.contiguous_format)
@@ -209,17 +248,20 @@ def has_persistent(x: Tensor, outputs: int) -> bool:
     return outputs * x.element_size() % _ALIGNMENT == 0
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy of it whose rows are where the copy engine can read them."""
+def _aligned(x: Tensor, multiple: int = _ALIGNMENT) -> Tensor:
+    """Return x, or a copy, from which 16 bytes can be copied at once, with rows a multiple of so many bytes apart.
+
+    Of a stride, Triton distinguishes whether it is a multiple of 16 elements.
+    """
     size = x.element_size()
-    if x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * size % _ALIGNMENT == 0:
+    if x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) * size % multiple == 0:
         return x
     rows, inputs = x.shape
-    return x.new_empty(rows, triton.cdiv(inputs * size, _ALIGNMENT) * _ALIGNMENT // size)[:, :inputs].copy_(x)
+    return x.new_empty(rows, triton.cdiv(inputs * size, multiple) * multiple // size)[:, :inputs].copy_(x)
 
 
 def _persistent(
-    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, counters: Tensor, schedule: Schedule
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, workspace: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched for ``persistent_kernel``."""
     chunks, padded, count = packed.shape[1], len(packed) * TILE, len(x)
@@ -247,7 +289,7 @@ def _persistent(
     }
     sizes = [count, chunks, padded, deals[0].programs, *deals[0][1:5], *deals[1][1:5]]
     grid = (deals[0].programs + deals[1].programs,)
-    return gluon.persistent_kernel, grid, [packed, scale, partial, counters, *described], sizes, options
+    return gluon.persistent_kernel, grid, [packed, scale, partial, workspace, *described], sizes, options
 
 
 def _rest(count: int, tokens: int) -> int:
@@ -275,7 +317,7 @@ class _Deal(NamedTuple):
         each: shares that a helper computes; more than one only of different tiles.
         shares: of such a tile that helpers compute; more than one only where each helper has one.
         head: chunks of such a tile that its own program computes before it adds the shares.
-        slabs: sums that helpers leave in the workspace.
+        slabs: sums that helpers leave.
         time: until the last is done, in chunks.
     """
 

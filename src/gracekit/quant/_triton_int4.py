@@ -14,7 +14,7 @@ For very many rows the weights that it multiplies are q * s rounded once, as tra
 cores one sum to keep. ``values_kernel`` writes those, for a dense product. On Hopper there is a third kernel for them, in
 :mod:`gracekit.quant._gluon_int4`.
 
-Partial sums of a SPLIT lie in a workspace; the last program of a tile to arrive, which a counter tells, adds them in a fixed order:
+Partial sums of a SPLIT lie in ``partial``; the last program of a tile to arrive, which a counter tells, adds them in a fixed order:
 the result is the same at every run. It also sets the counter back to zero.
 """
 
@@ -191,7 +191,7 @@ def narrow_kernel(
     is_token = (token < M)[None, None, :]
     total = tl.zeros([PARTS, ROWS, TOKENS], tl.float32)
     if EARLY:
-        gdc_wait()  # for x, and for whoever still has the workspace
+        gdc_wait()  # for x, and for whoever still has ``partial``
         if LAUNCHES:
             gdc_launch_dependents()
     # A mask costs a fifth of the instructions, so the last step alone has it.
@@ -220,7 +220,7 @@ def narrow_kernel(
 def _add_shares(
     sums, share, place, partial, counters, out, written, SPLIT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
-    """Leave the sums (ROWS, TOKENS) of one of SPLIT shares in the workspace; the last to arrive at a place adds all of them."""
+    """Leave the sums (ROWS, TOKENS) of one of SPLIT shares in ``partial``; the last to arrive at a place adds all of them."""
     # One slab (TOKENS, ROWS) a share, whole, so that no mask is needed.
     slab = partial + place.to(tl.int64) * (SPLIT * ROWS * TOKENS)
     cell = tl.arange(0, TOKENS)[None, :] * ROWS + tl.arange(0, ROWS)[:, None]
@@ -262,7 +262,7 @@ def wide_kernel(
     inputs = x + (token % M).to(tl.int64)[None, :] * stride + k
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     if EARLY:
-        gdc_wait()  # for x, and for whoever still has the workspace
+        gdc_wait()  # for x, and for whoever still has ``partial``
         if LAUNCHES:
             gdc_launch_dependents()
     for chunk in tl.range(begin, end, num_stages=STAGES):

@@ -33,20 +33,20 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
     Args:
         packed: words (T, C, 64, 16) int32.
         scale: (C * 128 / G, T * 64) float32, values of the activations' dtype: the kernel copies four bytes at a time.
-        counters: (T, 32) int32, zeros: the kernel's, one use at a time.
+        workspace: int32, zeros: the kernels', for one product at a time: two at once, on two streams, may wait for ever.
         block_size: [1, G].
         shape: (N, K).
         dtype: of the activations.
     """
 
-    tensor_data_names = ["packed", "scale", "counters"]  # noqa: RUF012  torchao's base class reads lists
+    tensor_data_names = ["packed", "scale", "workspace"]  # noqa: RUF012  torchao's base class reads lists
     tensor_attribute_names = ["block_size", "shape", "dtype"]  # noqa: RUF012
 
     def __new__(
         cls,
         packed: Tensor,
         scale: Tensor,
-        counters: Tensor,
+        workspace: Tensor,
         block_size: list[int],
         shape: torch.Size,
         dtype: torch.dtype,
@@ -57,9 +57,9 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
         )
         return made
 
-    def __init__(self, packed: Tensor, scale: Tensor, counters: Tensor, block_size: list[int], *_of_new: Any) -> None:
+    def __init__(self, packed: Tensor, scale: Tensor, workspace: Tensor, block_size: list[int], *_of_new: Any) -> None:
         super().__init__()
-        self.packed, self.scale, self.counters, self.block_size = packed, scale, counters, block_size
+        self.packed, self.scale, self.workspace, self.block_size = packed, scale, workspace, block_size
 
     def _quantization_type(self) -> str:
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, device={self.device}"
@@ -69,8 +69,9 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
         """Pack codes and scales."""
         packed = layout.pack_codes(weight.codes)
         scale = layout.pack_scales(weight.scale.to(weight.dtype).float(), weight.group_size, weight.codes.shape[1])
-        counters = torch.zeros(len(packed), _COUNTERS_A_TILE, dtype=torch.int32, device=packed.device)
-        return cls(packed, scale, counters, [1, weight.group_size], weight.codes.shape, weight.dtype)
+        words = max(len(packed) * _COUNTERS_A_TILE, min(packed.numel() // _WORDS_FOR_ONE, _MOST_WORDS))
+        workspace = torch.zeros(words, dtype=torch.int32, device=packed.device)
+        return cls(packed, scale, workspace, [1, weight.group_size], weight.codes.shape, weight.dtype)
 
     def codes(self) -> Tensor:
         """Return the codes (N, K) int8."""
@@ -88,6 +89,9 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
 # Blocks of rows of x that a split product may have. Nine tiles have two for each of Hopper's multiprocessors, which it takes there.
 _COUNTERS_A_TILE = 32
+# For each word of the workspace so many of the weight, and never more than some 700 programs at once exchange their sums through.
+_WORDS_FOR_ONE = 10
+_MOST_WORDS = 5 << 17
 
 
 @Int4TritonTensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
@@ -103,19 +107,19 @@ def _linear(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     # The operator is for compilers, and says on the way back that it has no gradient; it takes the host longer than the product.
     is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
     multiply: Any = torch.ops.gracekit.int4_linear if is_traced else _product
-    y: Tensor = multiply(rows, weight.packed, weight.scale, weight.counters, weight.shape[0])
+    y: Tensor = multiply(rows, weight.packed, weight.scale, weight.workspace, weight.shape[0])
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
 
-def _product(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Tensor:
-    # The counters are written to, but stand at zero again afterwards: to a compiler they are not changed.
+def _product(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> Tensor:
+    # The workspace is written to, but holds zeros again afterwards: to a compiler it is not changed.
     if _runs_triton(packed) and len(x):
         from gracekit.quant import _int4_choices, _int4_launch
 
-        schedule = _int4_choices.choose(x, packed, scale, counters, outputs)
+        schedule = _int4_choices.choose(x, packed, scale, workspace, outputs)
         if schedule is not None:
-            return _int4_launch.linear(x, packed, scale, counters, outputs, schedule)
+            return _int4_launch.linear(x, packed, scale, workspace, outputs, schedule)
     return F.linear(x, _dense(packed, scale, (outputs, x.shape[1]), x.dtype))
 
 
@@ -123,7 +127,7 @@ _int4_linear = torch.library.custom_op("gracekit::int4_linear", _product, mutate
 
 
 @_int4_linear.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, outputs: int) -> Tensor:
+def _(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
 
 
