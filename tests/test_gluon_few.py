@@ -11,13 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import normal, seeds
+from torch import nn
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 from kernel_cases import assembled, drawn, printed_by
 
-from gracekit.quant import _gluon_few, _int4_choices, _int4_launch
+from gracekit.quant import LSQConfig, _gluon_few, _int4_choices, _int4_launch, quantize_rtn
 from gracekit.quant._int4_launch import Schedule
+from gracekit.quant._int4_workspace import Workspace
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 OUTPUTS = 1 << 40  # where they begin, in the machine below
@@ -203,7 +205,7 @@ def test_every_share_of_a_tile_has_chunks_and_all_multiprocessors_have_programs(
 
 def product(x, packed, scale, outputs, split=2, stages=3, tokens=16):
     schedule = Schedule(64, tokens, 0, split, _gluon_few.WARPS, stages, scaled=False, exchanges=True)
-    workspace = torch.zeros(schedule.workspace(64 * len(packed), len(x), 1), dtype=torch.int32, device="cuda")
+    workspace = torch.zeros(schedule.words(64 * len(packed), len(x), 1), dtype=torch.int32, device="cuda")
     y = _int4_launch.linear(x, packed, scale, workspace, outputs, schedule)
     assert not workspace.any()
     return y
@@ -262,10 +264,26 @@ class TestOnCuda:
             x = normal(2, 16, width, dtype=torch.bfloat16).cuda()[:, shift : shift + 384]
             assert torch.equal(product(x, packed, scale, 256), product(x.contiguous(), packed, scale, 256))
 
+    def test_a_workspace_that_is_first_used_in_a_graph_is_ready_when_the_graph_runs(self):
+        model = nn.Sequential(*(nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(3))).cuda()
+        quantize_rtn(model, LSQConfig(group_size=128), target="triton")
+        x = normal(5, 16, 2048, dtype=torch.bfloat16).cuda()
+        with torch.inference_mode():
+            expected = model(x)
+            for layer in model:
+                layer.weight.workspace = Workspace()
+            graphs, outputs = [torch.cuda.CUDAGraph() for _ in range(2)], []
+            for graph in graphs:
+                with torch.cuda.graph(graph):
+                    outputs.append(model(x))
+        for graph, y in reversed(list(zip(graphs, outputs, strict=True))):
+            graph.replay()
+            assert torch.equal(y, expected)
+
     def test_products_follow_each_other_in_a_graph_and_beside_others(self):
         _, packed, scale = drawn(4096, 2048, 128, torch.bfloat16)
         schedule = Schedule(64, 16, 0, 8, _gluon_few.WARPS, 3, scaled=False, exchanges=True)
-        workspaces = [torch.zeros(schedule.workspace(4096, 16, 1), dtype=torch.int32, device="cuda") for _ in range(2)]
+        workspaces = [torch.zeros(schedule.words(4096, 16, 1), dtype=torch.int32, device="cuda") for _ in range(2)]
         inputs = [normal(seed, 16, 2048, dtype=torch.bfloat16).cuda() for seed in range(2)]
         expected = [product(x, packed, scale, 4096, split=8) for x in inputs]
         graphs, outputs = [], []

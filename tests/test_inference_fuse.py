@@ -13,6 +13,7 @@ from gracekit.inference import fuse_projections, generate
 from gracekit.inference.fuse import SharedProduct
 from gracekit.quant import LSQConfig, prepare_qat, quantize_rtn
 from gracekit.quant.int4 import form_of, read_weight
+from gracekit.quant.triton_tensor import Int4TritonTensor
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 FORMS = {"reference": torch.float32, "portable": torch.bfloat16, "cpu": torch.bfloat16, "triton": torch.bfloat16}
@@ -80,6 +81,15 @@ def test_a_fused_quantised_block_computes_within_the_kernels_rounding(form):
         weight = read_weight(layer).dequantize().double().abs()
         bound = 8 * torch.finfo(dtype).eps * (x.double().abs() @ weight.t())  # twice the bound of one product
         assert bool(((getattr(attention, name)(x).double() - expected.double()).abs() <= bound).all())
+
+
+def test_fused_weights_have_the_workspace_of_the_others():
+    model = quantize_rtn(FAMILIES["llava"].build(seed=1).bfloat16(), LSQConfig(group_size=32), target="triton")
+    fuse_projections(model)
+    weights = [
+        layer.weight for layer in model.modules() if isinstance(getattr(layer, "weight", None), Int4TritonTensor)
+    ]
+    assert len({weight.workspace.number for weight in weights}) == 1 < len(weights)
 
 
 def test_a_shared_product_is_computed_once_for_an_input_and_anew_for_the_next():

@@ -1,6 +1,7 @@
 """The W4A16 kernel, its layout and its tensor: on a GPU where there is one, else in Triton's interpreter and by dequantising."""
 
 import copy
+import itertools
 import json
 import re
 
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quant_cases import kinds, prepared, trained_values, weights
 from strategies import generator, normal, seeds
+from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
 from gracekit.quant import LSQConfig, convert, quantize_rtn
 from gracekit.quant import _int4_layout as layout
+from gracekit.quant._int4_workspace import Workspace, workspace_of
 from gracekit.quant.int4 import read_weight
 from gracekit.quant.triton_tensor import Int4TritonTensor
 
@@ -113,7 +116,7 @@ def test_the_layout_is_the_one_that_is_described():
 def test_the_kernel_multiplies_within_the_bound_whatever_the_schedule(seed, size, dtype, rows, schedule):
     codes, scale, packed, scales = drawn(seed, *size, dtype)
     x = normal(seed + 2, rows, 2 * size[1], dtype=dtype).to(DEVICE)[:, : size[1]]  # rows that are not contiguous
-    needed = schedule.workspace(len(packed) * 64, rows, processors(torch.device(DEVICE)))
+    needed = schedule.words(len(packed) * 64, rows, processors(torch.device(DEVICE)))
     counters = torch.zeros(needed, dtype=torch.int32, device=DEVICE)
     y = _int4_launch.linear(x, packed, scales, counters, size[0], schedule)
     assert y.shape == (rows, size[0])
@@ -234,6 +237,36 @@ def test_rounding_to_nearest_goes_into_the_form_as_well():
     )
 
 
+def converted(sizes=(128, 256, 64)):
+    layers = [nn.Linear(size, after, dtype=torch.bfloat16) for size, after in itertools.pairwise(sizes)]
+    return quantize_rtn(nn.Sequential(*layers), LSQConfig(group_size=32), target="triton")
+
+
+def workspaces(*models):
+    return {layer.weight.workspace.number for model in models for layer in model}
+
+
+def test_the_weights_of_a_model_have_one_workspace_and_those_of_a_copy_another(tmp_path):
+    model, other = converted(), converted()
+    assert len(workspaces(model)) == len(workspaces(other)) == 1
+    assert workspaces(model) != workspaces(other)
+    assert model[0].weight.clone().workspace is model[1].weight.workspace
+    torch.save(model, tmp_path / "model.pt")
+    for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert len(workspaces(copied)) == 1
+        assert workspaces(copied) != workspaces(model)
+    # It is no part of a weight, which another model's can be copied to.
+    model.load_state_dict(other.state_dict())
+    assert workspaces(model) != workspaces(other)
+    assert torch.equal(model[0].weight.dequantize(), other[0].weight.dequantize())
+
+
+def test_a_workspace_that_nobody_has_is_gone():
+    number = Workspace().number
+    with pytest.raises(KeyError):
+        workspace_of(number, torch.device("cpu"))
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -322,7 +355,8 @@ def table(tmp_path, monkeypatch):
 def ask(rows, table):
     _, _, packed, scales = drawn(0, 64, 128, 64, torch.float16)
     x = torch.ones(rows, 128, dtype=torch.float16, device=DEVICE)
-    return _int4_choices.choose(x, packed, scales, torch.zeros(16, dtype=torch.int32), 64)
+    zeros = _int4_launch.Zeros(torch.zeros(16, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
+    return _int4_choices.choose(x, packed, scales, zeros, 64)
 
 
 @given(st.integers(1, 20_000))

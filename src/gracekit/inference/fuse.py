@@ -20,6 +20,7 @@ from gracekit._structure import find_decoder
 from gracekit.quant import convert
 from gracekit.quant.int4 import form_of, is_quantized, read_bits, read_scale, read_weight, to_reference
 from gracekit.quant.scheme import QuantizedWeight
+from gracekit.quant.triton_tensor import share_workspace
 
 # In transformers' decoders these names say what shares an input; what a block calls otherwise stays as it is.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -117,6 +118,7 @@ def fuse_projections(model: nn.Module) -> list[str]:
         shared = SharedProduct(_stacked(layers), [layer.out_features for layer in layers])
         for index, part in enumerate(names):
             setattr(parent, part, ProjectionRows(shared, index))
+    share_workspace(model)
     return [where for where, _, _ in groups]
 
 

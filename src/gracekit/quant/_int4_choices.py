@@ -32,7 +32,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from gracekit.quant import _int4_launch as kernel
-from gracekit.quant._int4_launch import Schedule, gluon
+from gracekit.quant._int4_launch import Schedule, Zeros, gluon
 from gracekit.quant._int4_layout import TILE
 from gracekit.quant._triton_int4 import LEAST_TOKENS
 
@@ -78,7 +78,7 @@ _WIDE = {
 _log = logging.getLogger(__name__)
 
 
-def choose(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> Schedule | None:
+def choose(x: Tensor, packed: Tensor, scale: Tensor, zeros: Zeros, outputs: int) -> Schedule | None:
     """Return the fastest schedule for x (M, K); None for the dense way, or where nothing is known and nothing can be timed."""
     table = _table(x.get_device())
     rows = size_class(len(x))
@@ -86,7 +86,7 @@ def choose(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs:
     if key not in table.entries:
         if torch.cuda.is_current_stream_capturing():
             return None
-        table.add(key, _measure(rows, x, packed, scale, workspace, outputs))
+        table.add(key, _measure(rows, x, packed, scale, zeros, outputs))
     found = table.entries[key]["schedule"]
     return None if found is None else Schedule(*found)
 
@@ -230,7 +230,7 @@ def _even_splits(tiles: int, chunks: int, processors: int) -> list[int]:
     return found
 
 
-def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> dict[str, Any]:
+def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, zeros: Zeros, outputs: int) -> dict[str, Any]:
     """Time all ways for a shape and return the entry of the fastest, with the times in microseconds."""
     shape = (outputs, x.shape[1])
     properties = torch.cuda.get_device_properties(x.device)
@@ -249,20 +249,20 @@ def _measure(rows: int, x: Tensor, packed: Tensor, scale: Tensor, workspace: Ten
             vector=kernel.has_vector(inputs),
             few=kernel.has_few(inputs, packed),
         )
-        if schedule.workspace(len(packed) * TILE, rows, properties.multi_processor_count) <= workspace.numel()
+        if schedule.words(len(packed) * TILE, rows, properties.multi_processor_count) <= zeros.of(schedule).numel()
     ]
-    kernel.compile_ahead(inputs, packed, scale, workspace, outputs, tried)
+    kernel.compile_ahead(inputs, packed, scale, zeros.counters, outputs, tried)
 
     def multiply(schedule: Schedule | None, weight: Tensor) -> Tensor:
         if schedule is None:
             return F.linear(inputs, kernel.values(weight, scale, shape, x.dtype))
-        return kernel.linear(inputs, weight, scale, workspace, outputs, schedule)
+        return kernel.linear(inputs, weight, scale, zeros.of(schedule), outputs, schedule)
 
     def microseconds(schedule: Schedule | None) -> float:
         return statistics.median(graph_times(functools.partial(multiply, schedule), weights))
 
     with torch.cuda.device(x.device):
-        torch.cuda.synchronize()  # a product that still runs has its hands on the workspace
+        torch.cuda.synchronize()  # a product that still runs has its hands on the zeros
         times: dict[Schedule | None, float] = {}
         for schedule in (None, *tried):
             with contextlib.suppress(OutOfResources, CompilationError, PTXASError):  # more than this card has

@@ -93,8 +93,8 @@ class Schedule(NamedTuple):
         dealt_out = self.tiles(padded, count) - self.whole(padded, count, processors)
         return dealt_out * (-(-count // self.tokens) if self.parts else 1)
 
-    def workspace(self, padded: int, count: int, processors: int) -> int:
-        """Return how many words of the workspace suffice for every product of ``count`` rows or fewer."""
+    def words(self, padded: int, count: int, processors: int) -> int:
+        """Return how many zeros suffice for every product of ``count`` rows or fewer."""
         if self.split == 1:
             return 0
         if self.exchanges:
@@ -104,14 +104,30 @@ class Schedule(NamedTuple):
         return self.places(padded, count, processors) if self.parts else min(self.tiles(padded, count), processors - 1)
 
 
-def linear(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int, schedule: Schedule) -> Tensor:
+class Zeros(NamedTuple):
+    """What kernels count and hand each other sums in, zeros int32 before and after a product.
+
+    Attributes:
+        counters: of one weight.
+        exchange: of all weights of a model, for ``few_kernel``.
+    """
+
+    counters: Tensor
+    exchange: Tensor
+
+    def of(self, schedule: Schedule) -> Tensor:
+        """Return those that a schedule takes."""
+        return self.exchange if schedule.exchanges else self.counters
+
+
+def linear(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, outputs: int, schedule: Schedule) -> Tensor:
     """Return y (M, N) of x (M, K), any stride between its rows, in x's dtype.
 
     Args:
         x: bfloat16 or float16.
         packed: words (T, C, 64, 16).
         scale: (C * 128 / G, T * 64) float32.
-        workspace: zeros int32, as many as the schedule takes; zeros again afterwards. Two calls at once must not share it.
+        zeros: int32, as many as the schedule takes; zeros again afterwards. Two calls at once must not share them.
         outputs: N.
         schedule: how to launch.
     """
@@ -123,12 +139,12 @@ def linear(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs:
     elif schedule.is_vector:
         x = _paired(x)
     y = x.new_empty(len(x), outputs)
-    launch(*_product(x, packed, scale, y, workspace, schedule))
+    launch(*_product(x, packed, scale, y, zeros, schedule))
     return y
 
 
 def compile_ahead(
-    x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int, schedules: Iterable[Schedule]
+    x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor, outputs: int, schedules: Iterable[Schedule]
 ) -> None:
     """Compile what :func:`linear` launches for the schedules, several at a time; one that cannot be compiled is passed over."""
     y = x.new_empty(len(x), outputs)
@@ -138,27 +154,27 @@ def compile_ahead(
         AsyncCompileMode(threads, ignore_errors=True),
     ):
         for schedule in schedules:
-            kernel, grid, tensors, sizes, options = _product(x, packed, scale, y, workspace, schedule)
+            kernel, grid, tensors, sizes, options = _product(x, packed, scale, y, zeros, schedule)
             kernel.warmup(*tensors, *sizes, grid=grid, **options)
 
 
 def _product(
-    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, workspace: Tensor, schedule: Schedule
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, zeros: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched: the kernel, the grid, tensors, sizes, and what is compiled in."""
     if schedule.persistent:
-        return _persistent(x, packed, scale, y, workspace, schedule)
+        return _persistent(x, packed, scale, y, zeros, schedule)
     if schedule.is_vector:
         return _vector(x, packed, scale, y, schedule)
     if schedule.exchanges:
-        return _few(x, packed, scale, y, workspace, schedule)
+        return _few(x, packed, scale, y, zeros, schedule)
     tiles, chunks = packed.shape[:2]
     rows, tokens, parts, split, warps, stages, scaled = schedule[:7]
     padded, shares = tiles * TILE, parts or 1
     whole = schedule.whole(padded, len(x), processors(x.device))
     programs = whole + (schedule.tiles(padded, len(x)) - whole) * split
     slabs = schedule.places(padded, len(x), processors(x.device)) * split
-    tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), workspace]
+    tensors = [x, packed, scale, y, x.new_empty(slabs * rows * tokens, dtype=torch.float32), zeros]
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, padded, whole]
     options = {
         "STEPS": triton.cdiv(chunks, shares),
@@ -210,7 +226,7 @@ def has_vector(x: Tensor) -> bool:
 
 
 def _few(
-    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, workspace: Tensor, schedule: Schedule
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, zeros: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched for ``few_kernel``."""
     (tiles, chunks), split, tokens = packed.shape[:2], schedule.split, schedule.tokens
@@ -226,7 +242,7 @@ def _few(
         **early(x.device),
     }
     sizes = [len(x), y.shape[1], x.shape[1], x.stride(0), chunks, tiles * TILE]
-    return few.few_kernel, (tiles * split,), [x, packed, scale, y, workspace], sizes, options
+    return few.few_kernel, (tiles * split,), [x, packed, scale, y, zeros], sizes, options
 
 
 def has_few(x: Tensor, packed: Tensor) -> bool:
@@ -261,7 +277,7 @@ def _aligned(x: Tensor, multiple: int = _ALIGNMENT) -> Tensor:
 
 
 def _persistent(
-    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, workspace: Tensor, schedule: Schedule
+    x: Tensor, packed: Tensor, scale: Tensor, y: Tensor, zeros: Tensor, schedule: Schedule
 ) -> tuple[Any, tuple[int, ...], list[Any], list[int], dict[str, Any]]:
     """Return what is launched for ``persistent_kernel``."""
     chunks, padded, count = packed.shape[1], len(packed) * TILE, len(x)
@@ -289,7 +305,7 @@ def _persistent(
     }
     sizes = [count, chunks, padded, deals[0].programs, *deals[0][1:5], *deals[1][1:5]]
     grid = (deals[0].programs + deals[1].programs,)
-    return gluon.persistent_kernel, grid, [packed, scale, partial, workspace, *described], sizes, options
+    return gluon.persistent_kernel, grid, [packed, scale, partial, zeros, *described], sizes, options
 
 
 def _rest(count: int, tokens: int) -> int:

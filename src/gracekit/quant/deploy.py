@@ -24,6 +24,7 @@ from gracekit.quant.int4 import (
 )
 from gracekit.quant.qat import DEFAULT_CONFIG, LayerFilter, check_alone, select_layers
 from gracekit.quant.scheme import LSQConfig, QuantizedWeight, absmax_scale, holds_scale, quantize, round_scale
+from gracekit.quant.triton_tensor import share_workspace
 
 TARGETS = ("auto", "cpu", "cuda", "triton", "portable", "reference")
 DEPLOYED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,6 +86,7 @@ def convert(model: nn.Module, target: str = "auto", *, dtype: torch.dtype | None
     swap_modules(
         model, {layer: _deployed(layer, read_weight(layer), targets[name], dtype) for name, layer in layers.items()}
     )
+    share_workspace(model)
     _let_transformers_know(model)
     return model
 
@@ -137,6 +139,7 @@ def quantize_rtn(
         check_cast(chosen, name, scale, dtype)
         replacements[layer] = _deployed(layer, quantize(layer.weight, scale, config.bits), chosen, dtype)
     swap_modules(model, replacements)
+    share_workspace(model)
     _let_transformers_know(model)
     return model
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.utils import TorchAOBaseTensor
 
 from gracekit._kernels import has_triton
 from gracekit.quant import _int4_layout as layout
+from gracekit.quant._int4_workspace import Workspace, workspace_of
 from gracekit.quant.scheme import QuantizedWeight, computing_dtype, times_scale
 
 
@@ -33,23 +34,26 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
     Args:
         packed: words (T, C, 64, 16) int32.
         scale: (C * 128 / G, T * 64) float32, values of the activations' dtype: the kernel copies four bytes at a time.
-        workspace: int32, zeros: the kernels', for one product at a time: two at once, on two streams, may wait for ever.
+        counters: (T, 32) int32, zeros: the kernels', one use at a time.
         block_size: [1, G].
         shape: (N, K).
         dtype: of the activations.
+        workspace: the kernels', too; of all weights of a model, of which two must not be multiplied at once: they may wait for
+            each other for ever.
     """
 
-    tensor_data_names = ["packed", "scale", "workspace"]  # noqa: RUF012  torchao's base class reads lists
-    tensor_attribute_names = ["block_size", "shape", "dtype"]  # noqa: RUF012
+    tensor_data_names = ["packed", "scale", "counters"]  # noqa: RUF012  torchao's base class reads lists
+    tensor_attribute_names = ["block_size", "shape", "dtype", "workspace"]  # noqa: RUF012
 
     def __new__(
         cls,
         packed: Tensor,
         scale: Tensor,
-        workspace: Tensor,
+        counters: Tensor,
         block_size: list[int],
         shape: torch.Size,
         dtype: torch.dtype,
+        workspace: Workspace,
     ) -> Int4TritonTensor:
         """Make the tensor that stands for the weight; it holds no data of its own."""
         made: Int4TritonTensor = torch.Tensor._make_wrapper_subclass(
@@ -57,9 +61,19 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
         )
         return made
 
-    def __init__(self, packed: Tensor, scale: Tensor, workspace: Tensor, block_size: list[int], *_of_new: Any) -> None:
+    def __init__(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        counters: Tensor,
+        block_size: list[int],
+        _shape: torch.Size,
+        _dtype: torch.dtype,
+        workspace: Workspace,
+    ) -> None:
         super().__init__()
-        self.packed, self.scale, self.workspace, self.block_size = packed, scale, workspace, block_size
+        self.packed, self.scale, self.counters = packed, scale, counters
+        self.block_size, self.workspace = block_size, workspace
 
     def _quantization_type(self) -> str:
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, device={self.device}"
@@ -69,9 +83,8 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
         """Pack codes and scales."""
         packed = layout.pack_codes(weight.codes)
         scale = layout.pack_scales(weight.scale.to(weight.dtype).float(), weight.group_size, weight.codes.shape[1])
-        words = max(len(packed) * _COUNTERS_A_TILE, min(packed.numel() // _WORDS_FOR_ONE, _MOST_WORDS))
-        workspace = torch.zeros(words, dtype=torch.int32, device=packed.device)
-        return cls(packed, scale, workspace, [1, weight.group_size], weight.codes.shape, weight.dtype)
+        counters = torch.zeros(len(packed), _COUNTERS_A_TILE, dtype=torch.int32, device=packed.device)
+        return cls(packed, scale, counters, [1, weight.group_size], weight.codes.shape, weight.dtype, Workspace())
 
     def codes(self) -> Tensor:
         """Return the codes (N, K) int8."""
@@ -89,9 +102,15 @@ class Int4TritonTensor(TorchAOBaseTensor):  # type: ignore[misc]
 
 # Blocks of rows of x that a split product may have. Nine tiles have two for each of Hopper's multiprocessors, which it takes there.
 _COUNTERS_A_TILE = 32
-# For each word of the workspace so many of the weight, and never more than some 700 programs at once exchange their sums through.
-_WORDS_FOR_ONE = 10
-_MOST_WORDS = 5 << 17
+
+
+def share_workspace(model: nn.Module) -> None:
+    """Let all weights of a model use one workspace."""
+    weights: list[Any] = [
+        layer.weight for layer in model.modules() if isinstance(getattr(layer, "weight", None), Int4TritonTensor)
+    ]
+    for weight in weights[1:]:
+        weight.workspace = weights[0].workspace
 
 
 @Int4TritonTensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
@@ -107,19 +126,20 @@ def _linear(func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     # The operator is for compilers, and says on the way back that it has no gradient; it takes the host longer than the product.
     is_traced = torch.compiler.is_compiling() or type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled())
     multiply: Any = torch.ops.gracekit.int4_linear if is_traced else _product
-    y: Tensor = multiply(rows, weight.packed, weight.scale, weight.workspace, weight.shape[0])
+    y: Tensor = multiply(rows, weight.packed, weight.scale, weight.counters, weight.workspace.number, weight.shape[0])
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
 
 
-def _product(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> Tensor:
-    # The workspace is written to, but holds zeros again afterwards: to a compiler it is not changed.
+def _product(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, workspace: int, outputs: int) -> Tensor:
+    # The counters are written to, but stand at zero again afterwards: to a compiler they are not changed.
     if _runs_triton(packed) and len(x):
         from gracekit.quant import _int4_choices, _int4_launch
 
-        schedule = _int4_choices.choose(x, packed, scale, workspace, outputs)
+        zeros = _int4_launch.Zeros(counters, workspace_of(workspace, packed.device))
+        schedule = _int4_choices.choose(x, packed, scale, zeros, outputs)
         if schedule is not None:
-            return _int4_launch.linear(x, packed, scale, workspace, outputs, schedule)
+            return _int4_launch.linear(x, packed, scale, zeros.of(schedule), outputs, schedule)
     return F.linear(x, _dense(packed, scale, (outputs, x.shape[1]), x.dtype))
 
 
@@ -127,7 +147,7 @@ _int4_linear = torch.library.custom_op("gracekit::int4_linear", _product, mutate
 
 
 @_int4_linear.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, workspace: Tensor, outputs: int) -> Tensor:
+def _(x: Tensor, packed: Tensor, scale: Tensor, counters: Tensor, workspace: int, outputs: int) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
 
 
