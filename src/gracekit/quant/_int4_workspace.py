@@ -42,12 +42,18 @@ class Workspace:
     def on(self, device: torch.device) -> Tensor:
         """Return its words on a CUDA device."""
         if device not in self._zeros:
-            if not torch.cuda.is_current_stream_capturing():
+            is_capturing = torch.cuda.is_current_stream_capturing()
+            if not is_capturing:
                 torch.cuda.synchronize(device)  # who had this memory before may still be at it
-            # On a stream of its own it comes from no pool of a graph's, and is filled now, not whenever a graph runs.
+            # On a stream of its own it comes from no pool of a graph's, and is filled now.
             with torch.cuda.stream(_stream(device)):
                 self._zeros[device] = torch.zeros(WORDS, dtype=torch.int32, device=device)
-            _stream(device).synchronize()
+            if is_capturing:
+                self._zeros[
+                    device
+                ].zero_()  # nobody may wait now: this graph, which may be the first to run, sees to it as well
+            else:
+                _stream(device).synchronize()
         return self._zeros[device]
 
 
