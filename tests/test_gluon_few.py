@@ -264,21 +264,18 @@ class TestOnCuda:
             x = normal(2, 16, width, dtype=torch.bfloat16).cuda()[:, shift : shift + 384]
             assert torch.equal(product(x, packed, scale, 256), product(x.contiguous(), packed, scale, 256))
 
-    def test_a_workspace_that_is_first_used_in_a_graph_is_ready_when_the_graph_runs(self):
-        model = nn.Sequential(*(nn.Linear(2048, 2048, dtype=torch.bfloat16) for _ in range(3))).cuda()
-        quantize_rtn(model, LSQConfig(group_size=128), target="triton")
+    def test_a_graph_that_is_captured_before_there_is_a_workspace_takes_another_way(self):
+        layer = nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16, device="cuda")
+        (layer,) = quantize_rtn(nn.Sequential(layer), LSQConfig(group_size=128), target="triton")
         x = normal(5, 16, 2048, dtype=torch.bfloat16).cuda()
         with torch.inference_mode():
-            expected = model(x)
-            for layer in model:
-                layer.weight.workspace = Workspace()
-            graphs, outputs = [torch.cuda.CUDAGraph() for _ in range(2)], []
-            for graph in graphs:
-                with torch.cuda.graph(graph):
-                    outputs.append(model(x))
-        for graph, y in reversed(list(zip(graphs, outputs, strict=True))):
+            expected = layer(x)
+            layer.weight.workspace = Workspace()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(x)
             graph.replay()
-            assert torch.equal(y, expected)
+        assert _int4_choices._agree(y.float(), expected.float())
 
     def test_products_follow_each_other_in_a_graph_and_beside_others(self):
         _, packed, scale = drawn(4096, 2048, 128, torch.bfloat16)

@@ -267,6 +267,13 @@ def test_a_workspace_that_nobody_has_is_gone():
         workspace_of(number, torch.device("cpu"))
 
 
+def test_a_workspace_is_not_made_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    workspace = Workspace()
+    assert workspace_of(workspace.number, torch.device("cpu")).numel() == 0
+    assert not workspace._zeros
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget

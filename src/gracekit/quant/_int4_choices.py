@@ -83,6 +83,8 @@ def choose(x: Tensor, packed: Tensor, scale: Tensor, zeros: Zeros, outputs: int)
     table = _table(x.get_device())
     rows = size_class(len(x))
     key = f"{outputs}x{x.shape[1]} {scale.shape[0]} groups {x.dtype} {rows} rows"
+    if not zeros.exchange.numel():
+        key += ", nothing exchanged"
     if key not in table.entries:
         if torch.cuda.is_current_stream_capturing():
             return None

@@ -40,20 +40,15 @@ class Workspace:
         return Workspace, ()
 
     def on(self, device: torch.device) -> Tensor:
-        """Return its words on a CUDA device."""
+        """Return its words on a CUDA device; none while a graph is captured, if there have been none before."""
         if device not in self._zeros:
-            is_capturing = torch.cuda.is_current_stream_capturing()
-            if not is_capturing:
-                torch.cuda.synchronize(device)  # who had this memory before may still be at it
-            # On a stream of its own it comes from no pool of a graph's, and is filled now.
+            if torch.cuda.is_current_stream_capturing():
+                return torch.empty(0, dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)  # who had this memory before may still be at it
+            # On a stream of its own it comes from no pool that a graph's compiler keeps count of.
             with torch.cuda.stream(_stream(device)):
                 self._zeros[device] = torch.zeros(WORDS, dtype=torch.int32, device=device)
-            if is_capturing:
-                self._zeros[
-                    device
-                ].zero_()  # nobody may wait now: this graph, which may be the first to run, sees to it as well
-            else:
-                _stream(device).synchronize()
+            _stream(device).synchronize()
         return self._zeros[device]
 
 

@@ -105,12 +105,14 @@ _COUNTERS_A_TILE = 32
 
 
 def share_workspace(model: nn.Module) -> None:
-    """Let all weights of a model use one workspace."""
+    """Let all weights of a model use one workspace, and have it ready."""
     weights: list[Any] = [
         layer.weight for layer in model.modules() if isinstance(getattr(layer, "weight", None), Int4TritonTensor)
     ]
     for weight in weights[1:]:
         weight.workspace = weights[0].workspace
+    for device in {weight.device for weight in weights if _runs_triton(weight.packed)}:
+        weights[0].workspace.on(device)
 
 
 @Int4TritonTensor.implements(torch.ops.aten.linear.default)  # type: ignore[untyped-decorator]
