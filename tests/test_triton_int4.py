@@ -400,6 +400,14 @@ def test_nothing_is_measured_during_a_capture_and_the_dense_way_taken(table, mon
     assert ask(1, table) is None
 
 
+def test_a_product_without_a_workspace_is_measured_apart(table, monkeypatch):
+    exchanging = Schedule(64, 8, 0, 2, 2, 3, scaled=False, exchanges=True)
+    monkeypatch.setattr(_int4_choices.kernel, "has_few", lambda x, packed: len(x) <= 16)
+    monkeypatch.setattr(_int4_choices, "_measure", lambda *_: {"schedule": list(exchanging)})
+    assert [ask(rows, table) for rows in (4, 32)] == [exchanging, exchanging]
+    assert [key.endswith("nothing exchanged") for key in table.entries] == [True, False]
+
+
 def test_a_damaged_file_is_measured_anew_and_one_that_cannot_be_written_is_warned_of(tmp_path, caplog):
     path = tmp_path / "table.json"
     path.write_text("{")

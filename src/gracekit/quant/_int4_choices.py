@@ -47,8 +47,8 @@ _DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
 _ROUNDING = 2.0**-6  # two roundings of bfloat16, and sums in another order
 _FEW = 64  # rows of x, whose products wait for the memory
 _MORE = (2, 3, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
-_STEPS_AHEAD = (3, 4)  # of few_kernel, stages
-_MOST_SHARES = 8  # of a tile of few_kernel
+_STEPS_AHEAD = (3, 4)  # stages of few_kernel
+_MOST_SHARES = 8  # of one of its tiles
 _MOST_A_PROCESSOR = 8  # of its programs
 _FULL = 0.8  # of their places in all rounds
 # (output rows, parts, steps ahead) of vector_kernel.
@@ -83,7 +83,7 @@ def choose(x: Tensor, packed: Tensor, scale: Tensor, zeros: Zeros, outputs: int)
     table = _table(x.get_device())
     rows = size_class(len(x))
     key = f"{outputs}x{x.shape[1]} {scale.shape[0]} groups {x.dtype} {rows} rows"
-    if not zeros.exchange.numel():
+    if kernel.has_few(x, packed) and not zeros.exchange.numel():
         key += ", nothing exchanged"
     if key not in table.entries:
         if torch.cuda.is_current_stream_capturing():
