@@ -45,11 +45,11 @@ _TURNS = 3
 _STAGES = 3
 _DEALT_OUT = (2, 3, 4)  # programs that one tile may be dealt out among
 _ROUNDING = 2.0**-6  # two roundings of bfloat16, and sums in another order
-_FEW = 64  # rows of x, whose products wait for the memory
+_WAITING = 64  # rows of x, whose products wait for the memory
 _MORE = (2, 3, 4)  # times as many programs their tiles may be dealt out among, where these are less than a round
 _STEPS_AHEAD = (3, 4)  # stages of few_kernel
-_MOST_SHARES = 8  # of one of its tiles
-_MOST_A_PROCESSOR = 8  # of its programs
+_MOST_A_TILE = 8  # programs of few_kernel
+_MOST_A_PROCESSOR = 8  # likewise
 _FULL = 0.8  # of their places in all rounds
 # (output rows, parts, steps ahead) of vector_kernel.
 _VECTOR = ((16, 8, 2), (16, 8, 4), (32, 4, 3), (32, 8, 2), (32, 8, 3))
@@ -83,7 +83,7 @@ def choose(x: Tensor, packed: Tensor, scale: Tensor, zeros: Zeros, outputs: int)
     table = _table(x.get_device())
     rows = size_class(len(x))
     key = f"{outputs}x{x.shape[1]} {scale.shape[0]} groups {x.dtype} {rows} rows"
-    if kernel.has_few(x, packed) and not zeros.exchange.numel():
+    if not zeros.exchange.numel() and kernel.has_few(x, packed):
         key += ", nothing exchanged"
     if key not in table.entries:
         if torch.cuda.is_current_stream_capturing():
@@ -180,7 +180,7 @@ def schedules(
         Schedule(tile, width, 0, split, warps, stages, scaled, launches=launches)
         for width in sorted({min(tokens, 64), min(tokens, 128), tokens})
         for tile, warps, stages, scaled, launches in _WIDE[width]
-        for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _FEW else ())
+        for split in _splits(-(-outputs // tile) * -(-rows // width), processors, _MORE if rows <= _WAITING else ())
         if split == 1 or chunks >= 2 * split
     ]
     if vector or few:  # the simplest of the others remain, should none of these be right on a card
@@ -197,7 +197,7 @@ def schedules(
             for split in _even_splits(-(-outputs // TILE), chunks, processors)
             for stages in _STEPS_AHEAD
         ]
-    if persistent and rows > _FEW:
+    if persistent and rows > _WAITING:
         found += [
             Schedule(gluon.ROWS, width, 0, split, gluon.WARPS, gluon.SLOTS[width], scaled=True, persistent=True)
             for width in gluon.WIDTHS
@@ -224,7 +224,7 @@ def _even_splits(tiles: int, chunks: int, processors: int) -> list[int]:
     None with which a program would have less than a chunk.
     """
     found = [1]
-    for split in range(2, _MOST_SHARES + 1):
+    for split in range(2, _MOST_A_TILE + 1):
         each = tiles * split / processors
         is_even = _FULL * math.ceil(each) <= each <= _MOST_A_PROCESSOR
         if is_even and chunks >= 2 * split and (split - 1) * -(-chunks // split) < chunks:

@@ -220,9 +220,7 @@ def _vector(
 
 def has_vector(x: Tensor) -> bool:
     """Whether ``vector_kernel`` can compute products with x."""
-    if vector is None or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    return bool(len(x) <= vector.MOST_TOKENS)
+    return vector is not None and _is_since_ampere(x) and len(x) <= vector.MOST_TOKENS
 
 
 def _few(
@@ -247,9 +245,11 @@ def _few(
 
 def has_few(x: Tensor, packed: Tensor) -> bool:
     """Whether ``few_kernel`` can compute the product of x with a weight, and is meant for it."""
-    if few is None or not x.is_cuda or torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    return bool(len(x) <= max(few.WIDTHS)) and packed.numel() < _OFFSETS
+    return few is not None and _is_since_ampere(x) and len(x) <= max(few.WIDTHS) and packed.numel() < _OFFSETS
+
+
+def _is_since_ampere(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _paired(x: Tensor) -> Tensor:
