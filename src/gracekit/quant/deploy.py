@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -83,11 +84,9 @@ def convert(model: nn.Module, target: str = "auto", *, dtype: torch.dtype | None
         shape = (layer.out_features, layer.in_features)
         check_target(targets[name], name, shape=shape, scale=scale, bits=bits, dtype=dtype or layer.weight.dtype)
         check_cast(targets[name], name, scale, dtype)
-    swap_modules(
+    _put_in_place(
         model, {layer: _deployed(layer, read_weight(layer), targets[name], dtype) for name, layer in layers.items()}
     )
-    share_workspace(model)
-    _let_transformers_know(model)
     return model
 
 
@@ -138,9 +137,7 @@ def quantize_rtn(
         check_target(chosen, name, shape=shape, scale=scale, bits=config.bits, dtype=dtype or layer.weight.dtype)
         check_cast(chosen, name, scale, dtype)
         replacements[layer] = _deployed(layer, quantize(layer.weight, scale, config.bits), chosen, dtype)
-    swap_modules(model, replacements)
-    share_workspace(model)
-    _let_transformers_know(model)
+    _put_in_place(model, replacements)
     return model
 
 
@@ -242,6 +239,12 @@ def _deployed(layer: nn.Linear, weight: QuantizedWeight, target: str, dtype: tor
     if layer.bias is not None and layer.bias.dtype != dtype:
         deployed.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=layer.bias.requires_grad)
     return deployed
+
+
+def _put_in_place(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    swap_modules(model, replacements)
+    share_workspace(model)
+    _let_transformers_know(model)
 
 
 def _let_transformers_know(model: nn.Module) -> None:
