@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ptx_machine import Machine, bits32
 from strategies import normal, seeds
 from torch import nn
 
@@ -23,88 +24,6 @@ from gracekit.quant._int4_workspace import Workspace
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 OUTPUTS = 1 << 40  # where they begin, in the machine below
-
-
-def float32(bits: int) -> np.float32:
-    return np.array(bits & 0xFFFFFFFF, np.uint32).view(np.float32)[()]
-
-
-def bits32(number: float) -> int:
-    return int(np.array(number, np.float32).view(np.uint32))
-
-
-class Machine:
-    """One thread that runs a program's PTX, by what the PTX manual says of each instruction; ``memory`` is in words."""
-
-    def __init__(self, ptx: str, operands: dict[str, int], thread: int, memory: Counter[int], written: dict[int, int]):
-        # At the ends of lines there are semicolons, and registers' names in braces: the block's braces stand alone.
-        lines = [line.strip().rstrip(";") for line in ptx.splitlines()]
-        self.lines = [line for line in lines if line not in ("{", "}") and not line.startswith(".reg")]
-        self.labels = {line[:-1]: place for place, line in enumerate(self.lines) if line.endswith(":")}
-        self.held = operands | {"%tid.x": thread}
-        self.memory, self.written, self.at = memory, written, 0
-
-    def value(self, name: str) -> int:
-        if name.startswith("0f"):
-            return int(name[2:], 16)
-        return self.held[name] if name in self.held else int(name, 0)
-
-    def run(self) -> bool:
-        """Run until the program waits; return whether it has ended."""
-        while self.at < len(self.lines):
-            line = self.lines[self.at]
-            self.at += 1
-            if line.endswith(":"):
-                continue
-            condition = re.match(r"@(\w+) ", line)
-            if condition:
-                line = line[condition.end() :]
-                if not self.held[condition.group(1)]:
-                    continue
-            what, *names = re.findall(r"[\w.%$+-]+", line)
-            if what == "nanosleep.u32":
-                return False
-            if what == "bra":
-                self.at = self.labels[names[0]]
-            else:
-                self.step(what, names)
-        return True
-
-    def step(self, what: str, names: list[str]) -> None:
-        value = self.value
-        if what.startswith(("st.relaxed", "ld.relaxed")):
-            address, pair = (names[:3], names[3:]) if what.startswith("st") else (names[2:], names[:2])
-            first = (value(address[0]) + value(address[-1])) // 4
-            for place, name in enumerate(pair):
-                if what.startswith("st"):
-                    self.memory[first + place] = value(name) & 0xFFFFFFFF
-                else:
-                    self.held[name] = self.memory[first + place]
-        elif what == "st.global.b16":
-            assert value(names[0]) not in self.written
-            self.written[value(names[0])] = value(names[1])
-        elif what.startswith("setp"):
-            _, how, *_ = what.split(".")
-            a, b = value(names[1]), value(names[2])
-            if what.endswith("f32"):
-                a, b = float32(a), float32(b)
-            elif what.endswith("b32"):
-                a, b = a & 0xFFFFFFFF, b & 0xFFFFFFFF
-            found = {"eq": a == b, "ne": a != b, "gt": a > b}[how]
-            self.held[names[0]] = bool(found or (".or." in what and self.held[names[3]]))
-        else:
-            operations = {
-                "mov": lambda a: a,
-                "add.s32": lambda a, b: a + b,
-                "add.s64": lambda a, b: a + b,
-                "mul.wide": lambda a, b: a * b,
-                "mad.wide": lambda a, b, c: a * b + c,
-                "selp": lambda a, b, p: a if p else b,
-                "add.f32": lambda a, b: bits32(float32(a) + float32(b)),
-                "cvt.rn": lambda a: int(torch.tensor(float32(a)).bfloat16().view(torch.int16)) & 0xFFFF,
-            }
-            does = next(does for name, does in operations.items() if what.startswith(name))
-            self.held[names[0]] = does(*map(value, names[1:]))
 
 
 numbers = st.sampled_from([0.0, -0.0, 1.0, -3.5, 1e-40, float("inf"), float("nan")]) | st.floats(-10, 10, width=32)

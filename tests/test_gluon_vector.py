@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from ptx_machine import run_ptx
 from strategies import normal, seeds
 
 triton = pytest.importorskip("triton")
@@ -23,39 +23,6 @@ from gracekit.quant._int4_layout import pack_codes
 
 AMPERE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 groups = st.sampled_from([32, 64, 128])
-
-
-def run_ptx(ptx: str, inputs: dict[str, int], outputs: int) -> list[int]:
-    """What a few lines of PTX leave in $0 and after, by what the PTX manual says of each instruction."""
-    held = dict(inputs)
-
-    def value(name: str) -> int:
-        if name.startswith("0f"):
-            return int(name[2:], 16)
-        return held[name] if name in held else int(name, 0)
-
-    def as_float(name: str) -> np.float32:
-        return np.array(value(name), np.uint32).view(np.float32)[()]
-
-    for line in chain.from_iterable(text.split(";") for text in ptx.strip("{}\n").splitlines()):
-        what, *names = re.split(r"[ ,]+", line.strip())
-        if what == "" or what.startswith(".reg"):
-            continue
-        if what == "lop3.b32":
-            a, b, c, table = map(value, names[1:])
-            bits = [(a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1) for i in range(32)]
-            found = sum((table >> bit & 1) << i for i, bit in enumerate(bits))
-        elif what == "prmt.b32":
-            source = value(names[1]) | value(names[2]) << 32
-            found = sum((source >> 8 * (value(names[3]) >> 4 * i & 7) & 255) << 8 * i for i in range(4))
-        elif what == "fma.rn.f32":
-            a, b, c = (np.float64(as_float(name)) for name in names[1:])  # exact here, so that it is rounded once
-            found = int(np.float32(a * b + c).view(np.uint32))
-        else:
-            operations = {"shl": lambda a, b: a << b, "xor": lambda a, b: a ^ b, "add": lambda a, b: a + b}
-            found = value(names[1]) if what == "mov.b32" else operations[what[:3]](*map(value, names[1:]))
-        held[names[0]] = found & 0xFFFFFFFF
-    return [held[f"${place}"] for place in range(outputs)]
 
 
 def signed_bytes(word: int) -> list[int]:
